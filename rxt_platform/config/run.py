@@ -1,0 +1,135 @@
+"""A whole run: data, model, stages, resources, tracking. One YAML file becomes one RunConfig."""
+
+import re
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from rxt_platform.config.base import Spec
+from rxt_platform.config.model import ModelConfig
+from rxt_platform.config.stages import StageConfig
+
+_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+
+
+class StoryWorldSource(Spec):
+    """The embedded data: short stories and conversations, made from a seed."""
+
+    kind: Literal["story_world"]
+    seed: int = 0
+    train_rows: int = Field(gt=0)
+    validation_rows: int = Field(gt=0)
+    turns: list[Annotated[int, Field(ge=2, le=16)]] = Field(
+        [2, 4], min_length=1, description="turns of a conversation; rows take these lengths in turn"
+    )
+
+
+class TextFileSource(Spec):
+    """Plain text, documents parted by a separator line. An unterminated last document is dropped and counted."""
+
+    kind: Literal["text"]
+    path: str
+    separator: str = "<|endoftext|>"
+    validation_share: float = Field(0.05, gt=0, lt=1, description="share of the documents, taken from the end")
+    max_rows: int | None = Field(None, gt=0, description="use only the first rows")
+
+
+class JsonlSource(Spec):
+    """JSON lines in the published layouts: `{query, answer}` or `{query, answer, interactions: [...]}`."""
+
+    kind: Literal["jsonl"]
+    path: str
+    validation_path: str
+    max_turns: int | None = Field(None, ge=2, description="cut longer conversations to their first turns")
+
+
+TextSource = Annotated[StoryWorldSource | TextFileSource, Field(discriminator="kind")]
+ConversationSource = Annotated[StoryWorldSource | JsonlSource, Field(discriminator="kind")]
+
+
+class DataConfig(Spec):
+    """Where each kind of rows comes from. Relative paths are relative to `root`."""
+
+    root: str = "."
+    texts: TextSource
+    interactions: ConversationSource
+    conversations: ConversationSource
+
+
+class ResourcesConfig(Spec):
+    """What each training job gets. None of it changes results."""
+
+    workers: int = Field(1, gt=0)
+    cpus_per_worker: int = Field(1, gt=0)
+    use_gpu: bool = False
+    max_failures: int = Field(2, ge=0, description="worker losses that a job survives by resuming")
+
+
+class TrainingConfig(Spec):
+    """How the engine trains: what all stages share."""
+
+    precision: Literal["fp32", "bf16"] = "fp32"
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    checkpoint_every: int = Field(200, gt=0, description="steps between resume states")
+    keep_checkpoints: int = Field(2, gt=0)
+    log_every: int = Field(10, gt=0, description="steps between metrics in the log and in MLflow")
+
+    @model_validator(mode="after")
+    def _bf16_needs_zero(self) -> Self:
+        if self.precision == "bf16" and self.zero_stage == 0:
+            raise ValueError("bf16 needs zero_stage >= 1: stage 0 takes another optimizer path and its losses differ")
+        return self
+
+
+class EvaluationConfig(Spec):
+    """What is measured at the end, on held-out conversations."""
+
+    conversations: int = Field(200, gt=0, description="held-out conversations, at most")
+    samples: int = Field(3, ge=0, description="conversations that are answered freely and shown in the report")
+
+
+class TrackingConfig(Spec):
+    """MLflow. Without a `uri`, an SQLite file and a folder in the run's storage."""
+
+    uri: str | None = None
+    experiment: str = "rxt_platform"
+
+
+class RunConfig(Spec):
+    """One run of the pipeline: a chain of stages over one corpus."""
+
+    name: str
+    seed: int = Field(0, ge=0)
+    storage: str = Field("runs", description="folder for artifacts, checkpoints, reports and the MLflow file")
+    model: ModelConfig
+    data: DataConfig
+    stages: dict[str, StageConfig] = Field(
+        min_length=1, description="in training order; each starts from the one before"
+    )
+    training: TrainingConfig = TrainingConfig()
+    resources: ResourcesConfig = ResourcesConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _names_are_safe(self) -> Self:
+        for name in (self.name, *self.stages):
+            if not _NAME.match(name):
+                raise ValueError(f"name {name!r} may only hold letters, digits, '.', '_', '-' (it names a folder)")
+        if self.name == "artifacts":
+            raise ValueError("name 'artifacts' is taken by the folder that all runs share")
+        return self
+
+    @model_validator(mode="after")
+    def _batches_divide(self) -> Self:
+        workers = self.resources.workers
+        for name, stage in self.stages.items():
+            rows, micro = stage.global_batch_size, stage.micro_batch_size
+            unit = workers * (micro or 1)
+            if rows % unit:
+                low = max(unit, rows // unit * unit)
+                raise ValueError(
+                    f"stages.{name}.global_batch_size {rows} can't be shared by {workers} workers"
+                    f"{f' in micro-batches of {micro}' if micro else ''}: nearest {low} or {rows // unit * unit + unit}"
+                )
+        return self

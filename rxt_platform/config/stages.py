@@ -1,0 +1,118 @@
+"""What a training stage is told: one class for each kind, each with its own optimisation settings (REF section 3)."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from rxt_platform.config.base import Spec
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Component = Literal["embedding", "encoder", "decoder", "memory_cross_attention", "memory_attention", "heads"]
+
+
+class StartFrom(Spec):
+    """A model made elsewhere that a stage starts from, instead of the stage before it."""
+
+    artifact: str = Field(description="directory of a model artifact")
+    sha256: str | None = Field(None, description="the artifact's content hash, if it must be exactly that one")
+
+
+class OptimizerConfig(Spec):
+    """AdamW with linear warm-up and cosine decay to zero over the stage."""
+
+    learning_rate: float = Field(gt=0)
+    learning_rate_scale: dict[Component, float] = Field(
+        default_factory=dict, description="factor on the learning rate of single components; 1 if not given"
+    )
+    warmup: Share = Field(0.05, description="share of the steps")
+    weight_decay: float = Field(0.01, ge=0)
+    betas: tuple[Share, Share] = (0.9, 0.95)
+    gradient_clip: float = Field(1.0, gt=0, description="largest global gradient norm")
+
+
+class StageBase(Spec):
+    """What every stage has."""
+
+    epochs: float = Field(gt=0, description="passes over the stage's rows; fractions are allowed")
+    global_batch_size: int = Field(gt=0, description="rows of one optimizer step, over all workers")
+    micro_batch_size: int | None = Field(None, gt=0, description="rows of one forward on one worker; all if not given")
+    optimizer: OptimizerConfig
+    start_from: StartFrom | None = None
+
+
+class JointLossConfig(Spec):
+    """Decoder and masked encoder trained together; the decoder reads the encoder's states as memory (REF 3.1)."""
+
+    mask_probability: Share = Field(0.15, description="share of the encoder's tokens replaced by [MASK]")
+    memory_noise: float = Field(0.0, ge=0, description="standard deviation of the noise on the states read as memory")
+    memory_dropout: Share = Field(0.0, description="share of memory positions that the decoder may not read")
+    decoder_only: Share = Field(
+        0.0, description="share of rows whose decoder reads an empty memory, so that its self-attention learns too"
+    )
+    encoder_weight: float = Field(1.0, ge=0)
+    decoder_weight: float = Field(1.0, ge=0)
+    balance_weight: float = Field(0.01, ge=0, description="weight of the experts' load balance")
+
+
+class JointPretrainingConfig(StageBase):
+    """Stage 1: joint language-model pre-training on texts."""
+
+    kind: Literal["joint_pretraining"]
+    loss: JointLossConfig = JointLossConfig()
+
+
+class InteractionSFTConfig(StageBase):
+    """Stage 2: joint supervised fine-tuning on single interactions; the decoder's loss counts answers only."""
+
+    kind: Literal["interaction_sft"]
+    loss: JointLossConfig = JointLossConfig()
+
+
+class LabelWeights(Spec):
+    """How much of the new interaction the memory's target holds at each write (REF 3.3).
+
+    Write 0: `first`; write i >= 1: `base - decay * i`, moved by up to `random_factor` either way; the rest is what the
+    memory held before.
+    """
+
+    first: Share = 0.9
+    base: Share = 0.5
+    decay: Share = 0.05
+    random_factor: Share = 0.15
+
+
+class MemoryPretrainingConfig(StageBase):
+    """Stage 3: memory attention learns to hold what the (frozen) encoder says; negative cosine to mixed targets."""
+
+    kind: Literal["memory_pretraining"]
+    label_weights: LabelWeights = LabelWeights()
+    input_noise: float = Field(0.0, ge=0, description="standard deviation of the noise on the encoder states")
+    label_noise: float = Field(0.0, ge=0, description="standard deviation of the noise on the targets")
+
+
+class Lesson(Spec):
+    """A part of the curriculum: for `epochs`, conversations are cut to their first `turns` turns."""
+
+    turns: int = Field(ge=2)
+    epochs: float = Field(gt=0)
+
+
+class MemoryAwareConfig(StageBase):
+    """Stage 4: whole conversations in one forward, gradient through the memory writes (REF 3.4, DESIGN 4)."""
+
+    kind: Literal["memory_aware"]
+    bptt_window: Annotated[int, Field(gt=0)] | Literal["all"] = Field(
+        "all", description="memory writes that a gradient crosses"
+    )
+    curriculum: list[Lesson] = Field(
+        default_factory=list, description="short conversations first; after the last lesson they are whole"
+    )
+    unfreeze_memory_attention: float = Field(0.0, ge=0, description="epochs with the decoder alone (N)")
+    unfreeze_encoder: float = Field(0.0, ge=0, description="further epochs until the encoder trains too (K)")
+    balance_weight: float = Field(0.01, ge=0, description="weight of the experts' load balance")
+
+
+StageConfig = Annotated[
+    JointPretrainingConfig | InteractionSFTConfig | MemoryPretrainingConfig | MemoryAwareConfig,
+    Field(discriminator="kind"),
+]

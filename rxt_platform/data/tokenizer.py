@@ -1,0 +1,96 @@
+"""Byte-level BPE with the special tokens and the interaction template of REF section 5.
+
+An interaction is `[BOS][Q]query[A]answer[EOS]`. Text is encoded with one space put before it, so that a word has the
+same token at the start of a message as inside one; decoding takes exactly that space away, so any text survives.
+Special tokens that a user types are encoded as ordinary text.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from rxt_platform.errors import ArtifactError, DataError
+
+SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[BOS]", "[EOS]", "[MASK]", "[Q]", "[A]", "[T]", "[C]", "[U]", "[I]")
+PAD, UNK, BOS, EOS, MASK, QUERY, ANSWER = range(7)
+
+
+@dataclass(frozen=True)
+class EncodedInteraction:
+    """Token ids of `[BOS][Q]query[A]answer[EOS]`; `answer_start` is the index of the first token after `[A]`."""
+
+    ids: tuple[int, ...]
+    answer_start: int
+    truncated: bool = False
+
+
+class RxtTokenizer:
+    """A trained tokenizer: text <-> ids, and the templates that stages and chat use."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._tokenizer.encode_special_tokens = True
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> Self:
+        """Learn merges from `texts`. A small corpus may give fewer than `vocab_size` tokens."""
+        tokenizer = Tokenizer(models.BPE(unk_token=SPECIAL_TOKENS[UNK]))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=list(SPECIAL_TOKENS),
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator((" " + text for text in texts), trainer)
+        return cls(tokenizer)
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read a `tokenizer.json`; raises ArtifactError when it is missing or not ours."""
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception for every cause
+            raise ArtifactError(f"{path}: not a readable tokenizer: {error}") from error
+        for index, token in enumerate(SPECIAL_TOKENS):
+            if tokenizer.token_to_id(token) != index:
+                raise ArtifactError(f"{path}: special token {token} must have id {index}")
+        return cls(tokenizer)
+
+    def save(self, path: Path) -> None:
+        """Write `tokenizer.json`."""
+        self._tokenizer.save(str(path))
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens, special ones included."""
+        return int(self._tokenizer.get_vocab_size())
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, no special tokens."""
+        return list(self._tokenizer.encode(" " + text, add_special_tokens=False).ids)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`; special tokens are left out."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True)).removeprefix(" ")
+
+    def encode_query(self, query: str) -> list[int]:
+        """`[BOS][Q]query[A]`: what the model answers to."""
+        return [BOS, QUERY, *self.encode(query), ANSWER]
+
+    def encode_interaction(self, query: str, answer: str, max_length: int) -> EncodedInteraction:
+        """`[BOS][Q]query[A]answer[EOS]`, the answer's end cut off (without `[EOS]`) when it does not fit.
+
+        Raises DataError when the query leaves no room for an answer.
+        """
+        start = self.encode_query(query)
+        if len(start) >= max_length:
+            raise DataError(
+                f"query of {len(start) - 3} tokens leaves no room for an answer in a window of {max_length}"
+            )
+        ids = [*start, *self.encode(answer), EOS]
+        return EncodedInteraction(tuple(ids[:max_length]), len(start), truncated=len(ids) > max_length)

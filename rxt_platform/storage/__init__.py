@@ -1,0 +1,1 @@
+"""Directories that are complete or absent: committed atomically, with a manifest and hashes."""
