@@ -1,0 +1,75 @@
+"""Attention of the Reactive Transformer: SQA/GQA/MHA projections, rotary positions on either or both sides.
+
+Self-attention turns queries and keys, memory cross-attention the query only, memory attention (the write) the key only
+(REF 1.4). Keys and values can be projected once and used again: the KV cache and the memory's K/V both rely on it.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rxt_platform.config.model import AttentionConfig
+
+
+class RotaryEmbedding(nn.Module):
+    """Rotary position embedding over interleaved channel pairs (2i, 2i+1), arXiv:2104.09864."""
+
+    def __init__(self, head_size: int, base: float) -> None:
+        super().__init__()
+        self.head_size = head_size
+        self.base = base
+
+    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of the angles of `positions` [..., T], each [..., 1, T, head_size / 2]."""
+        exponents = torch.arange(0, self.head_size, 2, device=positions.device, dtype=torch.float32) / self.head_size
+        angles = positions.float().unsqueeze(-1) * self.base**-exponents
+        return angles.cos().unsqueeze(-3), angles.sin().unsqueeze(-3)
+
+
+def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn the channel pairs of `x` [B, H, T, head_size] by the angles of `rotary`."""
+    cos, sin = (part.to(x.dtype) for part in rotary)
+    even, odd = x[..., 0::2], x[..., 1::2]
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
+
+
+class Attention(nn.Module):
+    """Scaled-dot-product attention with `query_heads` and `key_value_heads` of the model's head size."""
+
+    def __init__(self, hidden_size: int, head_size: int, config: AttentionConfig) -> None:
+        super().__init__()
+        self.query_heads, self.key_value_heads, self.head_size = (
+            config.query_heads,
+            config.key_value_heads,
+            head_size,
+        )
+        self.query = nn.Linear(hidden_size, self.query_heads * head_size, bias=False)
+        self.key = nn.Linear(hidden_size, self.key_value_heads * head_size, bias=False)
+        self.value = nn.Linear(hidden_size, self.key_value_heads * head_size, bias=False)
+        self.output = nn.Linear(self.query_heads * head_size, hidden_size, bias=config.output_bias)
+
+    def _heads(self, x: Tensor, heads: int) -> Tensor:
+        return x.unflatten(-1, (heads, self.head_size)).transpose(-3, -2)
+
+    def keys_values(self, source: Tensor, rotary: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """Keys and values of `source` [B, T, D], each [B, key_value_heads, T, head_size]."""
+        key = self._heads(self.key(source), self.key_value_heads)
+        value = self._heads(self.value(source), self.key_value_heads)
+        return (key if rotary is None else rotate(key, rotary)), value
+
+    def attend(
+        self,
+        x: Tensor,
+        keys_values: tuple[Tensor, Tensor],
+        rotary: tuple[Tensor, Tensor] | None = None,
+        mask: Tensor | None = None,
+        causal: bool = False,
+    ) -> Tensor:
+        """Let `x` [B, T, D] read keys and values; `mask` is boolean, True = may be read, broadcast to [B, H, T, S]."""
+        query = self._heads(self.query(x), self.query_heads)
+        if rotary is not None:
+            query = rotate(query, rotary)
+        key, value = keys_values
+        grouped = self.query_heads != self.key_value_heads
+        read = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+        return self.output(read.transpose(-3, -2).flatten(-2))
