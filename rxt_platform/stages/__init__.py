@@ -1,0 +1,1 @@
+"""Training stages, one file each: its loss and what it trains when. Pure torch."""

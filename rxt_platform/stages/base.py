@@ -1,0 +1,89 @@
+"""What the engine knows of a stage: its phases, the batch of a step, a loss. A stage knows no engine and no Ray."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from rxt_platform.config.stages import Component, StageConfig
+from rxt_platform.data.batches import Batch, BatchSampler
+from rxt_platform.model.transformer import ReactiveTransformer
+
+
+@dataclass(frozen=True)
+class Phase:
+    """From `start` (a step) on, `trains` are the components with a learning rate; all others stay bit-identical."""
+
+    name: str
+    start: int
+    trains: frozenset[Component]
+
+
+@dataclass
+class LossReport:
+    """A part's contribution to the loss of the global batch.
+
+    `loss` and every metric add up: over micro-batches and ranks their sums are the global batch's values.
+    """
+
+    loss: Tensor
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Stage(Protocol):
+    """A training stage over rows that are already token ids."""
+
+    config: StageConfig
+    sampler: BatchSampler
+
+    def phases(self) -> list[Phase]:
+        """Which components train from which step on, the first from step 0."""
+        ...
+
+    def loss(self, model: ReactiveTransformer, batch: Batch, phase: Phase) -> LossReport:
+        """Loss of a part of a global batch, with gradient to the components that `phase` trains."""
+        ...
+
+    def evaluate(self, model: ReactiveTransformer, batch: Batch, phase: Phase) -> LossReport:
+        """What `loss before` and `loss after` are: the stage's metrics on a part of a held-out batch."""
+        ...
+
+
+def target_loss(model: ReactiveTransformer, states: Tensor, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Summed cross-entropy and number of correct predictions of the target tokens.
+
+    `states` [..., T, D] are the decoder's; a target at position t is predicted from the state at t - 1, and the head
+    runs on those states only.
+    """
+    wanted = targets[..., 1:]
+    logits = model.head(states[..., :-1, :][wanted])
+    labels = ids[..., 1:][wanted]
+    loss = torch.nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
+    return loss, (logits.argmax(dim=-1) == labels).sum()
+
+
+def row_noise(seeds: Tensor, shape: tuple[int, ...], purpose: int, like: Tensor) -> Tensor:
+    """Standard normal noise [B, *shape], each row from its own seed and `purpose`, so that splits don't matter."""
+    generator = torch.Generator()
+    rows = [torch.randn(shape, generator=generator.manual_seed(seed ^ purpose)) for seed in seeds.tolist()]
+    return torch.stack(rows).to(like)
+
+
+def row_uniform(seeds: Tensor, shape: tuple[int, ...], purpose: int, device: torch.device) -> Tensor:
+    """Uniform [0, 1) numbers [B, *shape], each row from its own seed and `purpose`."""
+    generator = torch.Generator()
+    rows = [torch.rand(shape, generator=generator.manual_seed(seed ^ purpose)) for seed in seeds.tolist()]
+    return torch.stack(rows).to(device)
+
+
+def phase_at(phases: list[Phase], step: int) -> Phase:
+    """The phase that a step belongs to."""
+    return [phase for phase in phases if phase.start <= step][-1]
+
+
+def with_metrics(total: Tensor, /, **metrics: Tensor) -> LossReport:
+    """A report whose metrics carry no gradient."""
+    values: Mapping[str, Tensor] = metrics
+    return LossReport(total, {name: value.detach().float() for name, value in values.items()})

@@ -1,0 +1,87 @@
+"""Stages 1 and 2: the masked encoder and the decoder trained together (REF 3.1, 3.2).
+
+The encoder guesses masked tokens; the decoder predicts the clean text while it reads the encoder's states, detached,
+as its memory. In stage 1 every token of a text is a target, in stage 2 only the answers, `[EOS]` included.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rxt_platform.config.stages import InteractionSFTConfig, JointLossConfig, JointPretrainingConfig
+from rxt_platform.data.batches import Batch, BatchSampler
+from rxt_platform.data.tokenizer import MASK
+from rxt_platform.model.transformer import ReactiveTransformer
+from rxt_platform.stages.base import LossReport, Phase, row_noise, row_uniform, target_loss, with_metrics
+
+
+class JointStage:
+    """Joint language-model pre-training (texts) and joint interaction SFT (single interactions)."""
+
+    def __init__(self, config: JointPretrainingConfig | InteractionSFTConfig, sampler: BatchSampler) -> None:
+        self.config = config
+        self.sampler = sampler
+
+    def phases(self) -> list[Phase]:
+        """One phase: everything but the memory attention, which takes no part."""
+        trained = frozenset({"embedding", "encoder", "decoder", "memory_cross_attention", "heads"})
+        return [Phase("joint", 0, trained)]
+
+    def loss(self, model: ReactiveTransformer, batch: Batch, phase: Phase) -> LossReport:
+        """`encoder_weight * CE(masked tokens) + decoder_weight * (CE(targets) + balance)`, over the global batch."""
+        return self._loss(model, batch, self.config.loss.decoder_only)
+
+    def evaluate(self, model: ReactiveTransformer, batch: Batch, phase: Phase) -> LossReport:
+        """The same, with every decoder on the empty memory: encoder states of a text would tell it what follows."""
+        return self._loss(model, batch, 1.0)
+
+    def _loss(self, model: ReactiveTransformer, batch: Batch, decoder_only: float) -> LossReport:
+        settings: JointLossConfig = self.config.loss
+        ids, mask, targets = batch.ids[:, 0], batch.mask[:, 0], batch.targets[:, 0]
+        hidden = batch.hidden[:, 0]
+        encoded = model.encode(ids.masked_fill(hidden, MASK), mask)
+        guesses = model.mlm_head(encoded[-1][hidden])
+        masked_loss = F.cross_entropy(guesses.float(), ids[hidden], reduction="sum") / max(batch.total_hidden, 1)
+
+        memory, readable = self._memory(model, encoded.detach(), mask, batch.seeds, decoder_only)
+        decoded = model.decode_states(ids, mask, memory, readable)
+        summed, correct = target_loss(model, decoded.states, ids, targets)
+        decoder_loss = summed / batch.total_targets
+        balance = decoded.balance.sum() / batch.total_rows
+        loss = settings.encoder_weight * masked_loss + settings.decoder_weight * (
+            decoder_loss + settings.balance_weight * balance
+        )
+        return with_metrics(
+            loss,
+            loss=decoder_loss,
+            masked_loss=masked_loss,
+            accuracy=correct / batch.total_targets,
+            balance=balance,
+        )
+
+    def _memory(
+        self, model: ReactiveTransformer, encoded: Tensor, mask: Tensor, seeds: Tensor, decoder_only: float
+    ) -> tuple[Tensor, Tensor]:
+        """What the decoder reads [L, B, S', D], and which positions of it it may read [B, S'].
+
+        Encoder states with noise, positions dropped at random; rows that are decoder-only read the initial memory.
+        """
+        settings = self.config.loss
+        layers, _, length, size = encoded.shape
+        readable = mask
+        if settings.memory_noise:
+            noise = row_noise(seeds, (layers, length, size), 1, encoded).transpose(0, 1)
+            encoded = encoded + settings.memory_noise * noise
+        if settings.memory_dropout:
+            kept = row_uniform(seeds, (length,), 2, mask.device) >= settings.memory_dropout
+            kept[:, 0] = True  # never an empty memory
+            readable = readable & kept
+        if decoder_only:
+            alone = row_uniform(seeds, (1,), 3, mask.device) < decoder_only
+            empty = model.initial_memory(seeds)
+            slots = max(empty.shape[2], length)
+            encoded, empty = (F.pad(x, (0, 0, 0, slots - x.shape[2])) for x in (encoded, empty))
+            used = torch.arange(slots, device=mask.device) < model.config.memory.slots
+            encoded = torch.where(alone[None, :, :, None], empty, encoded)
+            readable = torch.where(alone, used, F.pad(readable, (0, slots - length)))
+        return encoded, readable

@@ -1,0 +1,133 @@
+"""Stage 4: memory-aware training on whole conversations (REF 3.4, DESIGN 4).
+
+Turn 0 is decoded over the initial memory; then every turn's interaction (dataset answer) is encoded and written, and
+the next turn decoded over the memory so far. The encoder does not depend on the memory, so all turns are encoded at
+once, and so are all decodings; only the writes follow one another. The gradient crosses `bptt_window` writes.
+"""
+
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from rxt_platform.config.stages import Component, MemoryAwareConfig
+from rxt_platform.data.batches import Batch, BatchSampler
+from rxt_platform.model.transformer import ReactiveTransformer
+from rxt_platform.stages.base import LossReport, Phase, target_loss, with_metrics
+from rxt_platform.stages.memory_pretraining import relative_change
+
+_DECODER: frozenset[Component] = frozenset({"decoder", "memory_cross_attention", "heads"})
+
+
+class MemoryAwareStage:
+    """Trains decoder, then memory attention, then encoder and embedding too."""
+
+    def __init__(self, config: MemoryAwareConfig, sampler: BatchSampler) -> None:
+        self.config = config
+        self.sampler = sampler
+
+    def phases(self) -> list[Phase]:
+        """Gradual unfreezing: decoder → memory attention after N epochs → encoder and embedding after K more.
+
+        The encoder shares the embedding, so a frozen encoder means a frozen embedding (REF 3.4).
+        """
+        first = self.config.unfreeze_memory_attention
+        second = first + self.config.unfreeze_encoder
+        phases = [
+            Phase("decoder", 0, _DECODER),
+            Phase("decoder + memory attention", self._step(first), _DECODER | {"memory_attention"}),
+            Phase("all", self._step(second), _DECODER | {"memory_attention", "encoder", "embedding"}),
+        ]
+        return [
+            phase
+            for phase, following in zip(phases, [*phases[1:], None], strict=True)
+            if following is None or following.start > phase.start
+        ]
+
+    def _step(self, epochs: float) -> int:
+        return self.sampler.steps(epochs) if epochs else 0
+
+    def loss(self, model: ReactiveTransformer, batch: Batch, phase: Phase) -> LossReport:
+        """Cross-entropy of all answer tokens of the global batch's conversations, plus the experts' balance."""
+        memories = self._memories(model, batch, phase)
+        change = batch.seeds.new_zeros((), dtype=torch.float32)
+        for turn in range(1, len(memories)):
+            moved = relative_change(memories[turn - 1].detach(), memories[turn].detach())
+            change = change + (moved * batch.turns[:, turn]).sum() / max(batch.total_turns - batch.total_rows, 1)
+        summed = balance = torch.zeros((), device=batch.ids.device)
+        correct = torch.zeros((), device=batch.ids.device, dtype=torch.int64)
+        for turns, length in turn_groups(batch):
+            ids = batch.ids[:, turns, :length].transpose(0, 1).flatten(0, 1)
+            mask = batch.mask[:, turns, :length].transpose(0, 1).flatten(0, 1)
+            targets = batch.targets[:, turns, :length].transpose(0, 1).flatten(0, 1)
+            decoded = self._decode(model, ids, mask, torch.cat(memories[turns], dim=1), phase)
+            group_loss, group_correct = target_loss(model, decoded.states, ids, targets)
+            summed, correct = summed + group_loss, correct + group_correct
+            present = batch.turns[:, turns].transpose(0, 1).flatten()
+            balance = balance + (decoded.balance * present).sum() / batch.total_turns
+        answer_loss = summed / batch.total_targets
+        return with_metrics(
+            answer_loss + self.config.balance_weight * balance,
+            loss=answer_loss,
+            accuracy=correct / batch.total_targets,
+            balance=balance,
+            memory_change=change,
+        )
+
+    def evaluate(self, model: ReactiveTransformer, batch: Batch, phase: Phase) -> LossReport:
+        """The training loss, on held-out conversations."""
+        return self.loss(model, batch, phase)
+
+    def _decode(self, model: ReactiveTransformer, ids: Tensor, mask: Tensor, memory: Tensor, phase: Phase):
+        embedded = model.embedding(ids)
+        if "embedding" not in phase.trains:
+            embedded = embedded.detach()
+        return model.decoder(embedded, mask, memory, None)
+
+    def _memories(self, model: ReactiveTransformer, batch: Batch, phase: Phase) -> list[Tensor]:
+        """The memory [L, B, S, D] before each turn, with gradient through its last `bptt_window` writes."""
+        turns = batch.ids.shape[1]
+        memories = [model.initial_memory(batch.seeds)]
+        if turns == 1:
+            return memories
+        with nullcontext() if "encoder" in phase.trains else torch.no_grad():
+            states = self._encode_turns(model, batch, turns - 1)
+        window = turns if self.config.bptt_window == "all" else self.config.bptt_window
+        with nullcontext() if "memory_attention" in phase.trains else torch.no_grad():
+            for turn in range(1, turns):
+                first = max(0, turn - window)
+                start = memories[first] if window >= turn else memories[first].detach()
+                writes = range(turn - 1, turn) if window >= turn else range(first, turn)
+                memory = memories[turn - 1] if window >= turn else start
+                for written in writes:
+                    memory = self._write(model, memory, states[written], batch, written)
+                memories.append(memory)
+        return memories
+
+    def _encode_turns(self, model: ReactiveTransformer, batch: Batch, turns: int) -> list[Tensor]:
+        """Encoder states [L, B, T, D] of the first `turns` turns."""
+        states: list[Tensor] = []
+        for group, length in turn_groups(batch, turns):
+            ids = batch.ids[:, group, :length].transpose(0, 1).flatten(0, 1)
+            mask = batch.mask[:, group, :length].transpose(0, 1).flatten(0, 1)
+            encoded = model.encode(ids, mask)
+            states.extend(encoded.chunk(group.stop - group.start, dim=1))
+        return states
+
+    def _write(self, model: ReactiveTransformer, memory: Tensor, states: Tensor, batch: Batch, turn: int) -> Tensor:
+        written = model.write_states(memory, states, batch.mask[:, turn, : states.shape[2]])
+        return torch.where(batch.turns[:, turn][None, :, None, None], written, memory)
+
+
+def turn_groups(batch: Batch, turns: int | None = None) -> list[tuple[slice, int]]:
+    """Neighbouring turns of similar length (within a factor 1.5) that are worth one forward, with that length."""
+    lengths = batch.mask[:, :turns].sum(dim=2).amax(dim=0).tolist()
+    groups: list[tuple[slice, int]] = []
+    for turn, length in enumerate(lengths):
+        if groups:
+            group, longest = groups[-1]
+            if max(length, longest) <= 1.5 * min(length, longest):
+                groups[-1] = (slice(group.start, turn + 1), max(length, longest))
+                continue
+        groups.append((slice(turn, turn + 1), length))
+    return groups

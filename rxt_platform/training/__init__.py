@@ -1,0 +1,1 @@
+"""The engine: DeepSpeed, the step loop, resume states. Runs with or without Ray."""

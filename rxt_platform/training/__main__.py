@@ -1,0 +1,28 @@
+"""Train one stage without Ray: `python -m rxt_platform.training JOB.json`, or the same under torchrun."""
+
+import json
+import logging
+import sys
+from pathlib import Path
+
+from rxt_platform.errors import RxtError
+from rxt_platform.training.job import StageJob, run_stage
+
+
+def main() -> int:
+    """Run the job file given as the only argument."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    if len(sys.argv) != 2:
+        sys.stderr.write("usage: python -m rxt_platform.training JOB.json\n")
+        return 2
+    try:
+        metrics = run_stage(StageJob.model_validate(json.loads(Path(sys.argv[1]).read_text())))
+    except RxtError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return error.exit_code
+    sys.stdout.write(json.dumps(metrics) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,48 @@
+"""The process group that DeepSpeed trains in: made by Ray Train, by torchrun, or here for a single process."""
+
+import os
+import socket
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def use_cpus(count: int) -> None:
+    """One torch thread for each CPU that this worker was given (DESIGN 13), before anything else runs."""
+    os.environ["OMP_NUM_THREADS"] = str(count)
+    torch.set_num_threads(count)
+
+
+def start_process_group(use_gpu: bool) -> torch.device:
+    """Initialise DeepSpeed's communication (NCCL or gloo) on the group that is there; returns this rank's device."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if use_gpu else "cpu")
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
+        os.environ.setdefault(name, value)
+    if "MASTER_PORT" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
+    import deepspeed
+
+    if not use_gpu:
+        # The shared-memory op is compiled on first use (40 s) and not needed: gloo does the collectives.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+        return torch.device("cpu")
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    deepspeed.init_distributed(dist_backend="nccl", verbose=False)
+    return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+
+
+def stop_process_group() -> None:
+    """Leave the group, if there is one: DeepSpeed aborts at interpreter exit otherwise."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def from_rank_zero(value: Any) -> Any:
+    """Rank 0's value on every rank."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]

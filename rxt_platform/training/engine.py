@@ -1,0 +1,219 @@
+"""The training engine: one stage on DeepSpeed ZeRO, on any number of workers, resumable (DESIGN 2-4, 8, 9).
+
+Every rank forms the same global batch and trains on its rows; losses and metrics of parts add up, so two workers
+compute what one does. All randomness comes from (seed, step, row). The engine knows no stage by name.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from rxt_platform.config.run import TrainingConfig
+from rxt_platform.data.batches import Batch
+from rxt_platform.errors import TrainingError
+from rxt_platform.model.transformer import ReactiveTransformer
+from rxt_platform.stages.base import LossReport, Phase, Stage, phase_at
+from rxt_platform.training import checkpoints
+from rxt_platform.training.optimizer import build_optimizer, schedule, set_learning_rates
+
+logger = logging.getLogger(__name__)
+
+Metrics = dict[str, float]
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """How a stage is trained here."""
+
+    training: TrainingConfig
+    checkpoint_directory: Path
+    identity: str
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What the caller wants to hear of, called on every rank: metrics of logged steps, and the step resumed from."""
+
+    on_metrics: Callable[[int, int, Metrics], None] = lambda step, steps, metrics: None
+    on_start: Callable[[int, int], None] = lambda step, steps: None
+
+
+@dataclass
+class TrainResult:
+    """Held-out metrics before and after, and what the training took."""
+
+    before: Metrics
+    after: Metrics
+    steps: int
+    seconds: float
+    resumed_from: int
+    state: dict[str, Tensor] = field(default_factory=dict)  # full weights, on rank 0
+
+
+class StageProgram(nn.Module):
+    """A stage's loss as a module's forward, so that DeepSpeed sees every use of the parameters."""
+
+    def __init__(self, stage: Stage, model: ReactiveTransformer) -> None:
+        super().__init__()
+        self.stage = stage
+        self.model = model
+
+    def forward(self, batch: Batch, phase: Phase, held_out: bool = False) -> LossReport:
+        """Loss of a part of a global batch."""
+        report = self.stage.evaluate if held_out else self.stage.loss
+        return report(self.model, batch, phase)
+
+
+class Engine:
+    """One stage's training: `run()` takes it from its newest checkpoint, or its start, to its end."""
+
+    def __init__(self, model: ReactiveTransformer, stage: Stage, settings: EngineSettings) -> None:
+        self.stage, self.settings = stage, settings
+        self.phases = stage.phases()
+        self.steps = stage.sampler.steps(stage.config.epochs)
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        rows = stage.config.global_batch_size
+        if rows % self.world:
+            raise TrainingError(f"global_batch_size {rows} can't be shared by {self.world} workers")
+        self.rows = rows // self.world
+        self.micro = stage.config.micro_batch_size or self.rows
+        self.accumulation = self.rows // self.micro
+        self.optimizer = build_optimizer(model, stage.config.optimizer, self.phases)
+        self.engine = self._deepspeed(StageProgram(stage, model))
+
+    def _deepspeed(self, program: StageProgram) -> Any:
+        import deepspeed
+
+        training = self.settings.training
+        config = {
+            "train_micro_batch_size_per_gpu": self.micro,
+            "gradient_accumulation_steps": self.accumulation,
+            "gradient_clipping": self.stage.config.optimizer.gradient_clip,
+            "zero_optimization": {"stage": training.zero_stage},
+            "bf16": {"enabled": training.precision == "bf16"},
+            "steps_per_print": 10**9,
+        }
+        engine, *_ = deepspeed.initialize(model=program, optimizer=self.optimizer, config=config)
+        return engine
+
+    def run(self, validation: list[Batch], hooks: Hooks) -> TrainResult:
+        """Train to the end. Raises TrainingError when a loss is not finite."""
+        training, directory = self.settings.training, self.settings.checkpoint_directory
+        state = checkpoints.load(self.engine, directory, self.settings.identity, training.zero_stage)
+        first = state.step if state else 0
+        before = dict(state.before) if state else self.evaluate(validation)
+        hooks.on_start(first, self.steps)
+        spent = state.seconds if state else 0.0
+        started = time.monotonic()
+        window = _Window()
+        for step in range(first, self.steps):
+            metrics = self._step(step)
+            window.add(metrics)
+            done = step + 1
+            if done % training.log_every == 0 or done == self.steps:
+                hooks.on_metrics(done, self.steps, window.summary())
+                window = _Window()
+            if done % training.checkpoint_every == 0 and done < self.steps:
+                seconds = spent + time.monotonic() - started
+                self._save(done, seconds, before)
+        seconds = spent + time.monotonic() - started
+        after = self.evaluate(validation)
+        return TrainResult(before, after, self.steps, seconds, first, self.full_state())
+
+    def _save(self, done: int, seconds: float, before: Metrics) -> None:
+        training = self.settings.training
+        state = checkpoints.ResumeState(done, seconds, self.settings.identity, self.world, training.zero_stage, before)
+        checkpoints.save(self.engine, self.settings.checkpoint_directory, state, training.keep_checkpoints)
+
+    def _step(self, step: int) -> Metrics:
+        """One optimizer step on the global batch; the metrics are those of the whole batch."""
+        phase = phase_at(self.phases, step)
+        rate = schedule(self.stage.config.optimizer, step, self.steps)
+        set_learning_rates(self.optimizer, self.stage.config.optimizer, rate, phase)
+        batch = self.stage.sampler.global_batch(step)
+        totals: Metrics = {}
+        for part in range(self.accumulation):
+            start = self.rank * self.rows + part * self.micro
+            report = self.engine(batch.part(start, start + self.micro).to(self.settings.device), phase)
+            # DeepSpeed averages over micro-batches and ranks; parts of our loss add up.
+            self.engine.backward(report.loss * (self.world * self.accumulation))
+            _add(totals, self._over_ranks(report))
+            if not math.isfinite(totals["objective"]):
+                raise TrainingError(
+                    f"step {step + 1}: the loss is {totals['objective']}; rows of the batch: {batch.rows.tolist()}. "
+                    "Nothing was updated; lower the learning rate or look at these rows"
+                )
+            self.engine.step()
+        norm = float(self.engine.get_global_grad_norm() or 0.0)
+        if not math.isfinite(norm):
+            raise TrainingError(
+                f"step {step + 1}: the gradient norm is {norm}; resume goes back to the last checkpoint"
+            )
+        return {**totals, "gradient_norm": norm, "learning_rate": rate, "tokens": batch.tokens}
+
+    def _over_ranks(self, report: LossReport) -> Metrics:
+        names = ["objective", *report.metrics]
+        values = torch.stack([report.loss.detach().float(), *report.metrics.values()])
+        dist.all_reduce(values)
+        return dict(zip(names, values.tolist(), strict=True))
+
+    @torch.no_grad()
+    def evaluate(self, validation: list[Batch]) -> Metrics:
+        """Metrics on held-out batches, weighted by their targets; every rank computes them all."""
+        self.engine.eval()
+        totals: Metrics = {}
+        for batch in validation:
+            report = self.engine(batch.to(self.settings.device), self.phases[-1], held_out=True)
+            _add(totals, {name: float(value) * batch.total_targets for name, value in report.metrics.items()})
+        self.engine.train()
+        weight = sum(batch.total_targets for batch in validation)
+        return {name: value / weight for name, value in totals.items()}
+
+    def full_state(self) -> dict[str, Tensor]:
+        """All weights, gathered from the ranks' partitions; fp32 masters where training was in bf16."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        training = self.settings.training
+        model: ReactiveTransformer = self.engine.module.model
+        if training.zero_stage < 3 and training.precision == "fp32":
+            return dict(model.state_dict())
+        import deepspeed
+
+        state = {}
+        for name, parameter in model.named_parameters():
+            with deepspeed.zero.GatheredParameters(parameter, enabled=training.zero_stage == 3):
+                full = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
+                state[name] = (parameter if full is None else full).detach().float().cpu().clone()
+        return state
+
+
+class _Window:
+    """Means over the steps since the last logged one."""
+
+    def __init__(self) -> None:
+        self.started = time.monotonic()
+        self.steps = 0
+        self.sums: Metrics = {}
+
+    def add(self, metrics: Metrics) -> None:
+        _add(self.sums, metrics)
+        self.steps += 1
+
+    def summary(self) -> Metrics:
+        seconds = time.monotonic() - self.started
+        means = {name: value / self.steps for name, value in self.sums.items() if name != "tokens"}
+        return {**means, "tokens_per_second": self.sums["tokens"] / seconds, "step_seconds": seconds / self.steps}
+
+
+def _add(totals: Metrics, values: Metrics) -> None:
+    for name, value in values.items():
+        totals[name] = totals.get(name, 0.0) + value

@@ -1,0 +1,138 @@
+"""One stage as a job: read corpus, tokenizer and starting model, train, commit the model artifact.
+
+A job is plain data, so it runs the same as a Ray Train worker, under torchrun, or as `python -m rxt_platform.training`.
+Everything that another worker or a later run needs is on the storage that all share.
+"""
+
+import json
+import logging
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from pydantic import Field
+
+from rxt_platform.config.base import Spec
+from rxt_platform.config.model import ModelConfig
+from rxt_platform.config.run import TrainingConfig
+from rxt_platform.config.stages import StageConfig
+from rxt_platform.data.batches import Batch, Example, collate, derive_seed
+from rxt_platform.data.corpus import load_examples
+from rxt_platform.data.tokenizer import RxtTokenizer
+from rxt_platform.model.files import TOKENIZER, load_weights, save_model
+from rxt_platform.model.transformer import ReactiveTransformer
+from rxt_platform.stages.build import build_stage, mask_probability, row_kind
+from rxt_platform.storage.directory import Provenance, commit_directory, verify_directory
+from rxt_platform.training.distributed import start_process_group, stop_process_group, use_cpus
+from rxt_platform.training.engine import Engine, EngineSettings, Hooks, Metrics, TrainResult
+
+logger = logging.getLogger(__name__)
+
+MODEL_KIND = "model"
+_VALIDATION_ROWS = 256
+_VALIDATION_BATCH = 32
+
+
+class StageJob(Spec):
+    """Everything that a worker needs to train one stage."""
+
+    stage: StageConfig
+    model: ModelConfig
+    training: TrainingConfig
+    seed: int
+    identity: str = Field(description="fingerprint of the step")
+    corpus: Path
+    tokenizer: Path
+    start: Path | None = Field(description="model artifact to start from; random weights without")
+    output: Path = Field(description="the model artifact to make")
+    work: Path = Field(description="resume states and metrics of this step")
+    cpus: int = 1
+    use_gpu: bool = False
+    provenance: dict[str, Any]
+    parents: dict[str, str]
+
+
+def run_stage(job: StageJob, on_metrics: Callable[[int, Metrics], None] = lambda step, metrics: None) -> Metrics:
+    """Train a stage to its end on this process's rank; rank 0 commits the model. Returns the artifact's metrics."""
+    use_cpus(job.cpus)
+    device = start_process_group(job.use_gpu)
+    try:
+        tokenizer = RxtTokenizer.load(job.tokenizer / TOKENIZER)
+        model = _starting_model(job).to(device)
+        seed = derive_seed(job.seed, job.stage.kind)
+        kind, window = row_kind(job.stage), job.model.max_length
+        stage = build_stage(job.stage, load_examples(job.corpus, kind, "train", tokenizer, window), seed)
+        held_out = load_examples(job.corpus, kind, "validation", tokenizer, window)
+        settings = EngineSettings(job.training, job.work / "checkpoints", job.identity, device)
+        history = _History(job.work / "metrics.jsonl", on_metrics)
+        hooks = Hooks(on_metrics=history.add, on_start=history.start)
+        engine = Engine(model, stage, settings)
+        result = engine.run(validation_batches(held_out, mask_probability(job.stage)), hooks)
+        metrics = _summary(result)
+        if dist.get_rank() == 0:
+            with commit_directory(job.output, MODEL_KIND, Provenance(job.provenance, job.parents, metrics)) as folder:
+                save_model(folder, job.model, result.state, tokenizer)
+                shutil.copyfile(history.path, folder / "history.jsonl")
+        dist.barrier()
+        return metrics
+    finally:
+        stop_process_group()
+
+
+def validation_batches(examples: list[Example], mask_probability: float) -> list[Batch]:
+    """The same held-out rows for every run and every worker: the first 256, in order."""
+    rows = examples[:_VALIDATION_ROWS]
+    starts = range(0, len(rows), _VALIDATION_BATCH)
+    return [
+        collate(
+            part, [derive_seed("validation", start + i) for i in range(len(part))], range(len(part)), mask_probability
+        )
+        for start in starts
+        for part in [rows[start : start + _VALIDATION_BATCH]]
+    ]
+
+
+def _starting_model(job: StageJob) -> ReactiveTransformer:
+    torch.manual_seed(derive_seed(job.seed, "weights"))
+    model = ReactiveTransformer(job.model)
+    if job.start is not None:
+        verify_directory(job.start, MODEL_KIND)
+        load_weights(model, job.start)
+    return model
+
+
+def _summary(result: TrainResult) -> Metrics:
+    return {
+        **{f"{name}_before": value for name, value in result.before.items()},
+        **{f"{name}_after": value for name, value in result.after.items()},
+        "steps": result.steps,
+        "seconds": result.seconds,
+        "resumed_from_step": result.resumed_from,
+    }
+
+
+class _History:
+    """Metrics of logged steps as JSON lines, written by rank 0; a resumed job takes back those after its checkpoint."""
+
+    def __init__(self, path: Path, on_metrics: Callable[[int, Metrics], None]) -> None:
+        self.path = path
+        self.on_metrics = on_metrics
+
+    def start(self, first: int, steps: int) -> None:
+        if dist.get_rank() != 0:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= first]
+        self.path.write_text("".join(kept))
+        logger.info("training from step %d of %d", first, steps)
+
+    def add(self, step: int, steps: int, metrics: Metrics) -> None:
+        if dist.get_rank() == 0:
+            with self.path.open("a") as file:
+                file.write(json.dumps({"step": step, "steps": steps, "time": time.time(), **metrics}) + "\n")
+        self.on_metrics(step, metrics)

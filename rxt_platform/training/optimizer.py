@@ -1,0 +1,48 @@
+"""AdamW with one parameter group for each component, and the learning rate of every step."""
+
+import math
+
+import torch
+
+from rxt_platform.config.stages import Component, OptimizerConfig
+from rxt_platform.model.parameters import component_of
+from rxt_platform.model.transformer import ReactiveTransformer
+from rxt_platform.stages.base import Phase
+
+
+def build_optimizer(model: ReactiveTransformer, config: OptimizerConfig, phases: list[Phase]) -> torch.optim.Optimizer:
+    """AdamW over the components that any phase trains; the others stop requiring gradients.
+
+    A component that only a later phase trains keeps its group, at learning rate 0: ZeRO sets its partitions up once
+    and does not notice a `requires_grad` that changes later.
+    """
+    trained = frozenset[Component]().union(*(phase.trains for phase in phases))
+    groups: dict[Component, list[torch.nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        component = component_of(name)
+        parameter.requires_grad_(component in trained)
+        if component in trained:
+            groups.setdefault(component, []).append(parameter)
+    return torch.optim.AdamW(
+        [{"params": parameters, "component": component} for component, parameters in groups.items()],
+        lr=config.learning_rate,
+        betas=config.betas,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+
+
+def schedule(config: OptimizerConfig, step: int, steps: int) -> float:
+    """Learning rate of `step` (from 0) of `steps`: linear warm-up, then cosine to zero."""
+    warmup = math.ceil(config.warmup * steps)
+    if step < warmup:
+        return config.learning_rate * (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def set_learning_rates(optimizer: torch.optim.Optimizer, config: OptimizerConfig, rate: float, phase: Phase) -> None:
+    """Give every group its component's rate, 0 to those that `phase` does not train."""
+    for group in optimizer.param_groups:
+        component: Component = group["component"]
+        group["lr"] = rate * config.learning_rate_scale.get(component, 1.0) if component in phase.trains else 0.0
