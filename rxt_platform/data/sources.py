@@ -41,7 +41,8 @@ def interactions(config: DataConfig) -> Rows[Interaction]:
     if isinstance(source, StoryWorldSource):
         return _world(source, lambda world, split, count: world.interactions(split, count))
     both = _jsonl_splits(config, source)
-    return Rows(*([turn for row in rows for turn in row.interactions] for rows in (both.train, both.validation)))
+    train, validation = ([turn for row in rows for turn in row.interactions] for rows in (both.train, both.validation))
+    return Rows(train, validation)
 
 
 def conversations(config: DataConfig) -> Rows[Conversation]:
@@ -89,7 +90,8 @@ def _identity(config: DataConfig, source: StoryWorldSource | TextFileSource | Js
 def _world(source: StoryWorldSource, make: Any) -> Rows[Any]:
     world = StoryWorld(source.seed)
     sizes: dict[Split, int] = {"train": source.train_rows, "validation": source.validation_rows}
-    return Rows(*(make(world, split, count) for split, count in sizes.items()))
+    train, validation = (make(world, split, count) for split, count in sizes.items())
+    return Rows(train, validation)
 
 
 def _talks(world: StoryWorld, split: Split, count: int, lengths: list[int]) -> list[Conversation]:

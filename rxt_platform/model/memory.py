@@ -3,6 +3,9 @@
 The memory is a value [layers, B, slots, D] that callers pass and receive; no module here keeps any of it.
 """
 
+from collections.abc import Sequence
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -65,7 +68,7 @@ class MemoryAttention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.mean_norm = nn.RMSNorm(config.hidden_size, config.norm_eps)
-        self.layers = nn.ModuleList(MemoryLayer(config) for _ in range(config.layers))
+        self.layers = cast("Sequence[MemoryLayer]", nn.ModuleList(MemoryLayer(config) for _ in range(config.layers)))
         self.rotary = RotaryEmbedding(config.head_size, config.rope_base)
 
     def forward(self, memory: Tensor, encoded: Tensor, mask: Tensor) -> Tensor:

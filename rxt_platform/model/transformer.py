@@ -8,7 +8,9 @@ The decoder's stages during supervised training read encoder states as their mem
 also takes a mask over memory positions.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -92,7 +94,7 @@ class Encoder(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.layers))
+        self.layers = cast("Sequence[EncoderLayer]", nn.ModuleList(EncoderLayer(config) for _ in range(config.layers)))
         self.rotary = RotaryEmbedding(config.head_size, config.rope_base)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
@@ -110,7 +112,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.layers))
+        self.layers = cast("Sequence[DecoderLayer]", nn.ModuleList(DecoderLayer(config) for _ in range(config.layers)))
         self.rotary = RotaryEmbedding(config.head_size, config.rope_base)
         self.head = nn.Linear(config.hidden_size, config.vocab_size)
 

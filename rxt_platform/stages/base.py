@@ -35,8 +35,15 @@ class LossReport:
 class Stage(Protocol):
     """A training stage over rows that are already token ids."""
 
-    config: StageConfig
-    sampler: BatchSampler
+    @property
+    def config(self) -> StageConfig:
+        """Its settings."""
+        ...
+
+    @property
+    def sampler(self) -> BatchSampler:
+        """Its training rows, batch by batch."""
+        ...
 
     def phases(self) -> list[Phase]:
         """Which components train from which step on, the first from step 0."""
@@ -49,19 +56,6 @@ class Stage(Protocol):
     def evaluate(self, model: ReactiveTransformer, batch: Batch, phase: Phase) -> LossReport:
         """What `loss before` and `loss after` are: the stage's metrics on a part of a held-out batch."""
         ...
-
-
-def target_loss(model: ReactiveTransformer, states: Tensor, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Summed cross-entropy and number of correct predictions of the target tokens.
-
-    `states` [..., T, D] are the decoder's; a target at position t is predicted from the state at t - 1, and the head
-    runs on those states only.
-    """
-    wanted = targets[..., 1:]
-    logits = model.head(states[..., :-1, :][wanted])
-    labels = ids[..., 1:][wanted]
-    loss = torch.nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
-    return loss, (logits.argmax(dim=-1) == labels).sum()
 
 
 def row_noise(seeds: Tensor, shape: tuple[int, ...], purpose: int, like: Tensor) -> Tensor:

@@ -38,5 +38,6 @@ def build_stage(config: StageConfig, examples: Sequence[Example], seed: int) -> 
 
 def mask_probability(config: StageConfig) -> float:
     """Share of tokens hidden from the masked encoder; 0 in stages that have none."""
-    joint = isinstance(config, JointPretrainingConfig | InteractionSFTConfig)
-    return config.loss.mask_probability if joint else 0.0
+    if isinstance(config, JointPretrainingConfig | InteractionSFTConfig):
+        return config.loss.mask_probability
+    return 0.0

@@ -8,11 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rxt_platform.config.stages import InteractionSFTConfig, JointLossConfig, JointPretrainingConfig
+from rxt_platform.config.stages import Component, InteractionSFTConfig, JointLossConfig, JointPretrainingConfig
 from rxt_platform.data.batches import Batch, BatchSampler
 from rxt_platform.data.tokenizer import MASK
+from rxt_platform.model.loss import target_loss
 from rxt_platform.model.transformer import ReactiveTransformer
-from rxt_platform.stages.base import LossReport, Phase, row_noise, row_uniform, target_loss, with_metrics
+from rxt_platform.stages.base import LossReport, Phase, row_noise, row_uniform, with_metrics
 
 
 class JointStage:
@@ -24,7 +25,9 @@ class JointStage:
 
     def phases(self) -> list[Phase]:
         """One phase: everything but the memory attention, which takes no part."""
-        trained = frozenset({"embedding", "encoder", "decoder", "memory_cross_attention", "heads"})
+        trained: frozenset[Component] = frozenset(
+            {"embedding", "encoder", "decoder", "memory_cross_attention", "heads"}
+        )
         return [Phase("joint", 0, trained)]
 
     def loss(self, model: ReactiveTransformer, batch: Batch, phase: Phase) -> LossReport:

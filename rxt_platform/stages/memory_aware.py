@@ -12,8 +12,9 @@ from torch import Tensor
 
 from rxt_platform.config.stages import Component, MemoryAwareConfig
 from rxt_platform.data.batches import Batch, BatchSampler
-from rxt_platform.model.transformer import ReactiveTransformer
-from rxt_platform.stages.base import LossReport, Phase, target_loss, with_metrics
+from rxt_platform.model.loss import target_loss
+from rxt_platform.model.transformer import Decoded, ReactiveTransformer
+from rxt_platform.stages.base import LossReport, Phase, with_metrics
 from rxt_platform.stages.memory_pretraining import relative_change
 
 _DECODER: frozenset[Component] = frozenset({"decoder", "memory_cross_attention", "heads"})
@@ -78,7 +79,7 @@ class MemoryAwareStage:
         """The training loss, on held-out conversations."""
         return self.loss(model, batch, phase)
 
-    def _decode(self, model: ReactiveTransformer, ids: Tensor, mask: Tensor, memory: Tensor, phase: Phase):
+    def _decode(self, model: ReactiveTransformer, ids: Tensor, mask: Tensor, memory: Tensor, phase: Phase) -> Decoded:
         embedded = model.embedding(ids)
         if "embedding" not in phase.trains:
             embedded = embedded.detach()

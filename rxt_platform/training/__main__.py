@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -20,7 +21,8 @@ def main() -> int:
     except RxtError as error:
         sys.stderr.write(f"error: {error}\n")
         return error.exit_code
-    sys.stdout.write(json.dumps(metrics) + "\n")
+    if os.environ.get("RANK", "0") == "0":
+        sys.stdout.write(json.dumps(metrics) + "\n")
     return 0
 
 

@@ -1,0 +1,179 @@
+"""`rxt`: run, plan, eval, chat, models. Thin: every command is a function of a lower floor, imported when needed."""
+
+import json
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from rxt_platform.errors import RxtError
+
+if TYPE_CHECKING:
+    from rxt_platform.config.run import RunConfig
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="rxt-platform")
+@click.option("-v", "--verbose", is_flag=True, help="Show log messages of the platform's own parts.")
+def rxt(verbose: bool) -> None:
+    """Train Reactive Transformers: from a corpus to a measured conversation memory."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("rxt_platform").setLevel(logging.INFO if verbose else logging.WARNING)
+
+
+@rxt.command()
+@click.argument("config")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+def run(config: str, overrides: tuple[str, ...]) -> None:
+    """Run CONFIG: everything that is not finished yet, then the report."""
+    from rxt_platform.orchestration.runner import run_pipeline
+
+    run_pipeline(_load(config, overrides))
+
+
+@rxt.command()
+@click.argument("config")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
+def plan(config: str, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Show what a run of CONFIG would do: each step cached, resumed or run, and why. Starts nothing."""
+    from rxt_platform.orchestration.commands import plan_rows
+
+    rows = plan_rows(_load(config, overrides))
+    if as_json:
+        click.echo(json.dumps(rows, indent=2))
+        return
+    for row in rows:
+        click.echo(f"{row['step']:<22} {row['state']:<12} {row['why']}".rstrip())
+
+
+@rxt.command("eval")
+@click.argument("model")
+@click.option("--data", required=True, help="JSON lines: {query, answer, interactions: [{query, answer}, ...]}.")
+@click.option("--limit", type=click.IntRange(min=1), help="Use only the first conversations.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the initial memories.")
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
+def evaluate(model: str, data: str, limit: int | None, seed: int, as_json: bool) -> None:
+    """Measure MODEL on a conversation file: answer tokens and recall, with memory and with memory reset."""
+    from dataclasses import asdict
+
+    from rxt_platform.data.sources import read_conversations
+    from rxt_platform.evaluation.conversations import evaluate_conversations
+    from rxt_platform.evaluation.report import render_evaluation
+
+    talks = read_conversations(Path(data))[:limit]
+    result = asdict(evaluate_conversations(*_model(model), talks, seed))
+    click.echo(json.dumps(result, indent=2) if as_json else render_evaluation(result))
+
+
+@rxt.command()
+@click.argument("model")
+@click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True)
+@click.option("--top-p", type=click.FloatRange(min=0, max=1, min_open=True), default=1.0, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+def chat(model: str, temperature: float, top_p: float, seed: int) -> None:
+    """Talk to MODEL. Each answer is followed by a memory write; /reset forgets, /quit (or Ctrl-D) ends."""
+    from rxt_platform.model.chat import ChatSession
+    from rxt_platform.model.generation import MemoryUpdated, SamplingOptions
+
+    session = ChatSession(*_model(model), SamplingOptions(temperature, top_p, seed))
+    click.echo(f"{session.description}\nType a message; /reset forgets, /quit ends.")
+    while True:
+        try:
+            query = input("you   > ").strip()
+        except EOFError:
+            click.echo()
+            return
+        if query == "/quit":
+            return
+        if query == "/reset":
+            session.reset()
+            click.echo("memory reset")
+        elif query:
+            click.echo("model > ", nl=False)
+            for part in session.say(query):
+                if isinstance(part, MemoryUpdated):
+                    click.echo(f"\n        [memory written, changed by {part.change:.0%}]")
+                else:
+                    click.echo(part, nl=False)
+
+
+@rxt.command()
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
+def models(as_json: bool) -> None:
+    """List the model presets with their parameter counts."""
+    from dataclasses import asdict
+
+    from rxt_platform.config.loading import load_preset, preset_names
+    from rxt_platform.model.parameters import count_parameters
+
+    counts = {name: count_parameters(load_preset(name)) for name in preset_names()}
+    if as_json:
+        rows = [
+            {
+                "name": name,
+                "components": {part: asdict(count) for part, count in parts.items() if part != "total"},
+                "total": parts["total"].parameters,
+            }
+            for name, parts in counts.items()
+        ]
+        click.echo(json.dumps(rows, indent=2))
+        return
+    click.echo(f"{'preset':<14}{'decoder':>14}{'active':>14}{'encoder':>14}{'memory':>14}{'total':>14}")
+    for name, parts in counts.items():
+        numbers = (
+            parts["decoder"].parameters,
+            parts["decoder"].active,
+            parts["encoder"].parameters,
+            parts["memory_attention"].parameters,
+            parts["total"].parameters,
+        )
+        click.echo(f"{name:<14}" + "".join(f"{number:>14,}" for number in numbers))
+
+
+def _load(config: str, overrides: tuple[str, ...]) -> "RunConfig":
+    from rxt_platform.config.loading import load_run
+
+    return load_run(config, overrides)
+
+
+def _model(path: str) -> tuple[Any, Any]:
+    """A model from its directory, or from the folder of the run that made it."""
+    from rxt_platform.errors import ArtifactError
+    from rxt_platform.model.files import load_model
+
+    directory = Path(path)
+    report = directory / "report.json"
+    if report.is_file():
+        directory = Path(json.loads(report.read_text())["model"])
+    if not directory.is_dir():
+        raise ArtifactError(f"{directory}: no such model directory")
+    return load_model(directory)
+
+
+def guarded(command: Callable[[], Any]) -> int:
+    """Run a command; an RxtError becomes one line on stderr and its exit code."""
+    try:
+        command()
+    except RxtError as error:
+        click.echo(f"error: {' '.join(str(error).splitlines())}", err=True)
+        return error.exit_code
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("interrupted; the same command goes on from the last checkpoint", err=True)
+        return 130
+    return 0
+
+
+def main() -> None:
+    """Entry point of the `rxt` script."""
+    sys.exit(guarded(lambda: rxt(standalone_mode=False)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Measurements: answer tokens, memory retention, baselines, and the report. Pure torch."""

@@ -1,0 +1,123 @@
+"""The report that ends a run: `report.json`, the tables a terminal shows, and a page with pictures. No torch.
+
+The headline is memory: how many facts told in an earlier turn the model recalls on held-out conversations, with its
+memory and with the memory reset, and the gain, by distance in turns.
+"""
+
+import json
+import math
+import os
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rxt_platform.errors import ArtifactError
+from rxt_platform.evaluation.recall import mean_recall
+from rxt_platform.evaluation.report_page import (
+    COSINE_KIND,
+    LOSS_NOTE,
+    Table,
+    answer_table,
+    draw_losses,
+    draw_recall,
+    duration,
+    recall_table,
+    render_html,
+    stage_table,
+)
+
+__all__ = ["Report", "draw_losses", "draw_recall", "render_evaluation", "render_html", "render_table", "write_report"]
+
+Report = dict[str, Any]
+"""Names and shapes; seconds are wall-clock, losses nats per token (negative cosine for memory pre-training).
+
+    name, seed, created (ISO 8601), run_seconds, model (path)
+    versions          {package: version}
+    parameters        {decoder, encoder, memory_attention, mlm_head, total}
+    steps             [{name, kind, status: made | reused | resumed, seconds, fingerprint, artifact}]
+    stages            [{name, kind, status, seconds, steps, loss_before, loss_after,
+                        baselines: {unigram, bigram, tokens} | None}]
+    answer_tokens     {loss, perplexity, accuracy, count}, and memory_reset the same
+    recall            {distance in turns: {with_memory, reset, gain, count}}; recall_overall one such entry, of NaN
+                      when nothing was asked
+    corpus            {what: number}
+    samples           [[{query, reference, answer} for each turn] for each conversation]
+"""
+
+_LABEL_WIDTH = 24  # a longer stage name is cut, which keeps every table within 100 columns
+
+
+def render_table(report: Report) -> str:
+    """The report for a terminal, at most 100 columns (but the model's path is never cut)."""
+    parts = [
+        f"{report['name']} (seed {report['seed']}): stages, with held-out loss",
+        _text_table(stage_table(report)),
+    ]
+    if any(stage["kind"] == COSINE_KIND for stage in report["stages"]):
+        parts.append(LOSS_NOTE)
+    parts += [
+        "\nRecall of facts told in an earlier turn, held-out conversations",
+        _text_table(recall_table(report)),
+        "\n" + _text_table(answer_table(report)),
+        f"\nTotal time: {duration(report['run_seconds'])}",
+        f"Model: {report['model']}",
+    ]
+    return "\n".join(parts)
+
+
+def render_evaluation(result: Mapping[str, Any]) -> str:
+    """What `rxt eval` prints: answer tokens and recall of one model on one file."""
+    rows = {**result, "recall_overall": mean_recall(result["recall"])}
+    return _text_table(answer_table(rows)) + "\n\n" + _text_table(recall_table(rows))
+
+
+def write_report(directory: Path, report: Report, histories: dict[str, list[dict[str, float]]]) -> None:
+    """Write `recall.png`, `losses.png`, `report.html` and `report.json`, replacing what is there.
+
+    Each file is whole or absent. The JSON comes last: who finds it finds the others. Raises ArtifactError.
+    """
+    pictures = {"recall": draw_recall(report), "losses": draw_losses(histories)}
+    files = {f"{name}.png": png for name, png in pictures.items()}
+    files["report.html"] = render_html(report, pictures).encode()
+    files["report.json"] = (json.dumps(_without_nan(report), indent=2, allow_nan=False) + "\n").encode()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            _replace(directory / name, content)
+    except OSError as error:
+        raise ArtifactError(f"{directory}: the report cannot be written: {error}") from error
+
+
+def _replace(path: Path, content: bytes) -> None:
+    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _without_nan(value: Any) -> Any:
+    """NaN and infinities as None: JSON has no word for them, and strict readers refuse Python's."""
+    if isinstance(value, Mapping):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _text_table(table: Table) -> str:
+    lines = [[_cut(cell) if index < table.labels else cell for index, cell in enumerate(row)] for row in table.rows]
+    widths = [max(map(len, column)) for column in zip(table.header, *lines, strict=True)]
+    ruled = [list(table.header), ["-" * width for width in widths], *lines]
+    return "\n".join(_text_row(row, widths, table.labels) for row in ruled)
+
+
+def _text_row(row: Sequence[str], widths: Sequence[int], labels: int) -> str:
+    cells = zip(row, widths, strict=True)
+    return "  ".join(cell.ljust(width) if i < labels else cell.rjust(width) for i, (cell, width) in enumerate(cells))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _LABEL_WIDTH else text[: _LABEL_WIDTH - 1] + "…"

@@ -1,0 +1,1 @@
+"""Ray and MLflow: the plan of steps, their runner, the training job on Ray Train, tracking."""

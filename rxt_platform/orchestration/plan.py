@@ -1,0 +1,171 @@
+"""The steps of a run and what identifies each of them: planned before anything is spent (DESIGN 7, 10).
+
+corpus → tokenizer → one training step for each stage → evaluation. A fingerprint covers a step's settings, its inputs'
+fingerprints, the seed and the code of the rooms it uses, never paths, hosts or worker counts; a finished artifact with
+the same fingerprint is reused.
+"""
+
+import hashlib
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from rxt_platform.config.run import RunConfig
+from rxt_platform.config.stages import StageConfig
+from rxt_platform.data.sources import source_identity
+from rxt_platform.errors import ArtifactError, ConfigError
+from rxt_platform.storage.directory import Manifest, content_hash, read_manifest, verify_directory
+
+StepKind = Literal["corpus", "tokenizer", "training", "evaluation"]
+
+_ROOMS: dict[StepKind, tuple[str, ...]] = {
+    "corpus": ("data",),
+    "tokenizer": ("data",),
+    "training": ("data", "model", "stages", "training"),
+    "evaluation": ("data", "model", "evaluation"),
+}
+ARTIFACT_KIND: dict[StepKind, str] = {
+    "corpus": "corpus",
+    "tokenizer": "tokenizer",
+    "training": "model",
+    "evaluation": "evaluation",
+}
+_NOT_IDENTITY = {"micro_batch_size", "start_from"}  # how or from where, not what
+
+
+@dataclass(frozen=True)
+class Step:
+    """One unit of work with one artifact."""
+
+    name: str
+    kind: StepKind
+    spec: dict[str, Any]
+    inputs: dict[str, str]  # name of the input -> its fingerprint or content hash
+    storage: Path
+    stage: StageConfig | None = None
+    start: Path | None = None  # the model directory that a training step starts from
+    fingerprint: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        identity = {"kind": self.kind, "spec": self.spec, "inputs": self.inputs, "code": _code(_ROOMS[self.kind])}
+        object.__setattr__(self, "fingerprint", content_hash(identity))
+
+    @property
+    def label(self) -> str:
+        """Readable and unique: what its folders are called."""
+        return f"{self.name}-{self.fingerprint[:12]}"
+
+    @property
+    def artifact(self) -> Path:
+        """Where its result is, or will be."""
+        return self.storage / "artifacts" / self.label
+
+    @property
+    def work(self) -> Path:
+        """Resume states and metrics while it runs."""
+        return self.storage / "work" / self.label
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What the artifact's manifest says of the step."""
+        return {"step": self.name, "fingerprint": self.fingerprint, "spec": self.spec}
+
+    def finished(self) -> Manifest | None:
+        """The manifest of this step's artifact, None when it was not made yet."""
+        if not self.artifact.exists():
+            return None
+        manifest = read_manifest(self.artifact)
+        if manifest.config.get("fingerprint") != self.fingerprint:
+            raise ArtifactError(f"{self.artifact}: holds another step's result; delete it")
+        return manifest
+
+
+def build_plan(config: RunConfig) -> list[Step]:
+    """All steps of a run, in order. Raises an RxtError when an input file or a starting model is not usable."""
+    storage = Path(config.storage).resolve()
+    corpus = Step("corpus", "corpus", source_identity(config.data), {}, storage)
+    vocab = {"vocab_size": config.model.vocab_size}
+    tokenizer = Step("tokenizer", "tokenizer", vocab, {"corpus": corpus.fingerprint}, storage)
+    steps = [corpus, tokenizer]
+    for name, stage in config.stages.items():
+        before = steps[-1] if steps[-1].kind == "training" else None
+        steps.append(_training_step(config, name, stage, corpus, tokenizer, before))
+    inputs = {"corpus": corpus.fingerprint, "model": steps[-1].fingerprint}
+    inputs |= {f"stages.{step.name}": step.fingerprint for step in steps[2:-1]}
+    spec = {**config.evaluation.model_dump(mode="json"), "seed": config.seed}
+    return [*steps, Step("evaluation", "evaluation", spec, inputs, storage)]
+
+
+def explain(step: Step) -> str:
+    """Why a step will run: no result yet, or what differs from the newest result of a step of that name."""
+    others = sorted(
+        (path for path in step.artifact.parent.glob(f"{step.name}-*") if path.name[len(step.name) + 1 :].isalnum()),
+        key=lambda path: path.stat().st_mtime,
+    )
+    if not others:
+        return "no result yet"
+    try:
+        manifest = read_manifest(others[-1])
+    except ArtifactError as error:
+        return f"the last result is unusable: {error}"
+    changes = _differences(manifest.config.get("spec", {}), step.spec)
+    changes += [f"input {name} changed" for name, value in step.inputs.items() if manifest.parents.get(name) != value]
+    return "; ".join(changes) or "the code of the rooms it uses changed"
+
+
+def _training_step(
+    config: RunConfig, name: str, stage: StageConfig, corpus: Step, tokenizer: Step, before: Step | None
+) -> Step:
+    inputs = {"corpus": corpus.fingerprint, "tokenizer": tokenizer.fingerprint}
+    start = before.artifact if before else None
+    if stage.start_from is not None:
+        start = Path(stage.start_from.artifact).resolve()
+        inputs["model"] = _check_start(name, start, stage.start_from.sha256, config)
+    elif before is not None:
+        inputs["model"] = before.fingerprint
+    spec = {
+        "stage": {key: value for key, value in stage.model_dump(mode="json").items() if key not in _NOT_IDENTITY},
+        "model": config.model.model_dump(mode="json"),
+        "precision": config.training.precision,
+        "seed": config.seed,
+    }
+    return Step(name, "training", spec, inputs, corpus.storage, stage, start)
+
+
+def _check_start(name: str, path: Path, sha256: str | None, config: RunConfig) -> str:
+    """The content hash of a model that a stage is asked to start from, after every file of it was checked."""
+    key = f"stages.{name}.start_from"
+    try:
+        manifest = verify_directory(path, "model")
+    except ArtifactError as error:
+        raise ArtifactError(f"{key}: {error}") from None
+    if sha256 not in (None, manifest.content_sha256):
+        raise ArtifactError(f"{key}: {path} has content sha256 {manifest.content_sha256}, the config asks for {sha256}")
+    made_of = manifest.config.get("spec", {}).get("model", {})
+    changes = _differences(made_of, config.model.model_dump(mode="json"))
+    if changes:
+        raise ConfigError(f"{key}: {path} is another model: {'; '.join(changes)}")
+    return manifest.content_sha256
+
+
+def _differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """Field-level differences of two JSON values, as `path: old → new`."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [*new, *(key for key in old if key not in new)]
+        pairs = [(f"{path}.{key}" if path else str(key), old.get(key), new.get(key)) for key in keys]
+        return [change for at, a, b in pairs for change in _differences(a, b, at)]
+    return [] if old == new else [f"{path}: {old} → {new}"]
+
+
+@cache
+def _code(rooms: tuple[str, ...]) -> str:
+    """Hash of the source of some rooms."""
+    digest = hashlib.sha256()
+    for room in rooms:
+        folder = resources.files("rxt_platform") / room
+        for file in sorted(folder.iterdir(), key=lambda entry: entry.name):
+            if file.name.endswith(".py"):
+                digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,136 @@
+"""Steps on Ray: training as a `TorchTrainer` job, evaluation as a task. The only file here that talks to Ray."""
+
+import logging
+import os
+import uuid
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from rxt_platform.config.run import ResourcesConfig
+from rxt_platform.errors import RxtError, TrainingError
+from rxt_platform.training.engine import Metrics
+from rxt_platform.training.job import StageJob, run_stage
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+# Set before ray is imported: a local cluster needs no token on loopback, and an unset mode would write one into the
+# user's home; a quick health check ends a finished training group in one second instead of five.
+_DRIVER_ENVIRONMENT = {
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DEDUP_LOGS": "0",
+}
+
+
+def connect(resources: ResourcesConfig) -> bool:
+    """Join the cluster of RAY_ADDRESS, or start one on this machine with the CPUs that the workers need.
+
+    Returns whether this call connected, so that whoever did also disconnects.
+    """
+    for name, value in _DRIVER_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    import ray
+
+    if ray.is_initialized():
+        return False
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(**quiet)
+        return True
+    cpus = max(os.cpu_count() or 1, resources.workers * resources.cpus_per_worker)
+    ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
+    return True
+
+
+def disconnect() -> None:
+    """Leave the cluster; one that `connect` started ends."""
+    import ray
+
+    ray.shutdown()
+
+
+def train(job: StageJob, resources: ResourcesConfig) -> Metrics:
+    """Run a stage as a Ray Train job; lost workers are replaced and resume from the newest checkpoint.
+
+    Raises TrainingError with the cause when the job fails for good.
+    """
+    import ray.train
+    from ray.train.torch import TorchTrainer
+
+    trainer = TorchTrainer(
+        _train_worker,
+        train_loop_config={"job": job.model_dump_json()},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=resources.workers,
+            use_gpu=resources.use_gpu,
+            resources_per_worker={
+                "CPU": resources.cpus_per_worker,
+                **({"GPU": 1} if resources.use_gpu else {}),
+            },
+        ),
+        run_config=ray.train.RunConfig(
+            # A name that is used again would make Ray resume by itself; our own checkpoints do that.
+            name=f"{job.output.name}-{uuid.uuid4().hex[:8]}",
+            storage_path=str(job.work / "ray"),
+            failure_config=ray.train.FailureConfig(max_failures=resources.max_failures),
+            worker_runtime_env={"env_vars": _worker_environment(job)},
+        ),
+    )
+    try:
+        result = trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        raise TrainingError(f"{job.output.name}: {_root_cause(error)}") from error
+    outcome = result.return_value
+    if outcome is None:
+        raise TrainingError(f"{job.output.name}: the training job ended without a result")
+    if "error" in outcome:
+        raise TrainingError(f"{job.output.name}: {outcome['error']}")
+    return dict(outcome["metrics"])
+
+
+def call(function: Callable[..., Result], *arguments: Any, cpus: int) -> Result:
+    """Run a function as one Ray task and wait for it."""
+    import ray
+
+    environment = {"OMP_NUM_THREADS": str(cpus), "TOKENIZERS_PARALLELISM": "false"}
+    task = ray.remote(function).options(num_cpus=cpus, max_retries=1, runtime_env={"env_vars": environment})
+    try:
+        return ray.get(task.remote(*arguments))
+    except ray.exceptions.RayTaskError as error:
+        cause = error.cause if isinstance(error.cause, RxtError) else error
+        raise cause from None
+
+
+def _worker_environment(job: StageJob) -> dict[str, str]:
+    return {
+        "OMP_NUM_THREADS": str(job.cpus),
+        "DS_ACCELERATOR": "cuda" if job.use_gpu else "cpu",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
+def _train_worker(config: dict[str, Any]) -> dict[str, Any]:
+    """What each Ray Train worker does: the stage's job, reporting logged steps."""
+    import ray.train
+
+    def report(step: int, metrics: Metrics) -> None:
+        ray.train.report({"step": step, **metrics})
+
+    try:
+        return {"metrics": run_stage(StageJob.model_validate_json(config["job"]), report)}
+    except RxtError as error:  # the same on every rank, and a retry would meet it again
+        logger.exception("the stage stopped")
+        return {"error": str(error)}
+
+
+def _root_cause(error: BaseException) -> str:
+    """The innermost message of a failed job, in one line."""
+    failures = getattr(error, "worker_failures", None)
+    inner: BaseException = next(iter(failures.values())) if failures else error
+    while inner.__cause__ is not None:
+        inner = inner.__cause__
+    lines = str(inner).strip().splitlines()
+    return lines[-1] if lines else type(inner).__name__

@@ -1,0 +1,267 @@
+"""Runs a plan: reuses what is finished, makes the rest in order, tracks it, and ends with the report."""
+
+import fcntl
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rxt_platform.config.run import RunConfig
+from rxt_platform.data.corpus import build_corpus, corpus_texts
+from rxt_platform.data.tokenizer import RxtTokenizer
+from rxt_platform.errors import ArtifactError, BusyError
+from rxt_platform.evaluation.recall import mean_recall
+from rxt_platform.evaluation.report import Report, render_table, write_report
+from rxt_platform.model.files import TOKENIZER
+from rxt_platform.model.parameters import count_parameters
+from rxt_platform.orchestration import ray_jobs
+from rxt_platform.orchestration.evaluate import RESULT, evaluate_run
+from rxt_platform.orchestration.plan import ARTIFACT_KIND, Step, build_plan
+from rxt_platform.orchestration.progress import Console, HistoryFollower
+from rxt_platform.orchestration.tracking import Tracker
+from rxt_platform.storage.directory import Manifest, Provenance, commit_directory, verify_directory
+from rxt_platform.training.job import StageJob
+
+logger = logging.getLogger(__name__)
+
+_LIBRARIES = ("torch", "ray", "deepspeed", "mlflow", "tokenizers")
+
+
+@dataclass
+class Outcome:
+    """What became of a step."""
+
+    step: Step
+    status: str  # made, resumed, reused
+    seconds: float
+    manifest: Manifest
+
+
+@dataclass
+class _Run:
+    """An invocation under way."""
+
+    config: RunConfig
+    folder: Path
+    console: Console
+    tracker: Tracker
+    outcomes: list[Outcome] = field(default_factory=list)
+    connected: bool | None = None  # None until Ray is needed; True when this run must disconnect
+
+    @property
+    def open_runs(self) -> Path:
+        """File that names the MLflow runs which are still open."""
+        return self.folder / "open_mlflow_runs.json"
+
+
+def run_pipeline(config: RunConfig, console: Console | None = None) -> Report:
+    """Run everything that is not finished yet and write the report. Raises an RxtError when a step fails.
+
+    Input files, configuration and starting models are checked, and corpus and tokenizer made, before Ray starts.
+    """
+    started = time.monotonic()
+    storage = Path(config.storage).resolve()
+    plan = build_plan(config)
+    folder = storage / config.name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ArtifactError(
+            f"{folder}: cannot be made: {error}: set 'storage' to a folder that can be written"
+        ) from None
+    with _only_driver(folder):
+        run = _Run(config, folder, console or Console(), Tracker(config.tracking, storage))
+        for step in plan:
+            step.artifact.parent.mkdir(parents=True, exist_ok=True)
+        ready = [_prepare(run, step) for step in plan[:2]]
+        run.tracker.start(config.name, config.model_dump(mode="json"), run.open_runs)
+        try:
+            for step, outcome in zip(plan[:2], ready, strict=True):
+                _record(run, step, outcome, None)
+            for step in plan[2:]:
+                _run_step(run, step, plan)
+            report = _report(run, plan, time.monotonic() - started)
+        except BaseException as error:
+            run.tracker.finish("FAILED" if isinstance(error, Exception) else "KILLED", None, {}, run.open_runs)
+            raise
+        finally:
+            if run.connected:
+                ray_jobs.disconnect()
+        run.tracker.finish("FINISHED", folder, _headline(report), run.open_runs)
+        run.console.line(render_table(report))
+        run.console.line(f"report   {folder / 'report.html'}")
+        run.console.line(f"MLflow   mlflow ui --backend-store-uri {run.tracker.uri}")
+    return report
+
+
+@contextmanager
+def _only_driver(folder: Path) -> Iterator[None]:
+    """Two drivers on one run would write the same checkpoints; the lock goes with the process that holds it."""
+    path = folder / "driver.lock"
+    with path.open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise BusyError(
+                f"{folder}: in use by {lock.read().strip() or 'another driver'}; wait for it or stop it"
+            ) from None
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {platform.node()}")
+        lock.flush()
+        yield
+
+
+def _prepare(run: _Run, step: Step) -> Outcome:
+    """Corpus and tokenizer: made in this process, so that bad input ends the run before Ray starts."""
+    started = time.monotonic()
+    manifest = step.finished()
+    if manifest is not None:
+        return Outcome(step, "reused", manifest.metrics["seconds"], verify_directory(step.artifact))
+    metrics: dict[str, float] = {}
+    provenance = Provenance(step.provenance, step.inputs, metrics)
+    with commit_directory(step.artifact, ARTIFACT_KIND[step.kind], provenance) as folder:
+        if step.kind == "corpus":
+            metrics |= build_corpus(run.config.data, folder)
+        else:
+            corpus = step.artifact.parent / f"corpus-{step.inputs['corpus'][:12]}"
+            tokenizer = RxtTokenizer.train(corpus_texts(corpus), run.config.model.vocab_size)
+            tokenizer.save(folder / TOKENIZER)
+            metrics["vocab_size"] = tokenizer.vocab_size
+        metrics["seconds"] = time.monotonic() - started
+    return Outcome(step, "made", metrics["seconds"], verify_directory(step.artifact))
+
+
+def _run_step(run: _Run, step: Step, plan: list[Step]) -> None:
+    """Reuse a step's artifact or make it on Ray, with its MLflow record."""
+    manifest = step.finished()
+    if manifest is not None:
+        _record(run, step, Outcome(step, "reused", manifest.metrics["seconds"], verify_directory(step.artifact)), None)
+        return
+    if run.connected is None:
+        run.connected = ray_jobs.connect(run.config.resources)
+    child = run.tracker.step(step.name, _tags(step, "made"), step.spec, run.open_runs)
+    started = time.monotonic()
+    if step.kind == "training":
+        status = _train(run, step, plan, child)
+    else:
+        ray_jobs.call(evaluate_run, run.config, plan, step, cpus=run.config.resources.cpus_per_worker)
+        status = "made"
+    seconds = time.monotonic() - started
+    _record(run, step, Outcome(step, status, seconds, verify_directory(step.artifact)), child)
+
+
+def _train(run: _Run, step: Step, plan: list[Step], child: str | None) -> str:
+    """One training step on Ray Train, followed live; 'resumed' when it went on from a checkpoint."""
+    assert step.stage is not None
+    config, resources = run.config, run.config.resources
+    job = StageJob(
+        stage=step.stage,
+        model=config.model,
+        training=config.training,
+        seed=config.seed,
+        identity=step.fingerprint,
+        corpus=plan[0].artifact,
+        tokenizer=plan[1].artifact,
+        start=step.start,
+        output=step.artifact,
+        work=step.work,
+        cpus=resources.cpus_per_worker,
+        use_gpu=resources.use_gpu,
+        provenance=step.provenance,
+        parents=step.inputs,
+    )
+
+    def on_rows(rows: list[dict[str, float]]) -> None:
+        run.tracker.history(child, rows)
+        run.console.progress(step.name, rows[-1])
+
+    with HistoryFollower(step.work / "metrics.jsonl", on_rows):
+        metrics = ray_jobs.train(job, resources)
+    return "resumed" if metrics["resumed_from_step"] else "made"
+
+
+def _record(run: _Run, step: Step, outcome: Outcome, child: str | None) -> None:
+    """Note a step's outcome in the console, the report and MLflow."""
+    run.outcomes.append(outcome)
+    resumed = int(outcome.manifest.metrics.get("resumed_from_step", 0))
+    at = f" at step {resumed}" if outcome.status == "resumed" else ""
+    run.console.line(f"{outcome.status + at:<18} {step.name:<20} {outcome.seconds:6.1f} s  {step.artifact}")
+    if child is None:
+        child = run.tracker.step(step.name, _tags(step, outcome.status), step.spec, run.open_runs)
+    run.tracker.finish_step(child, outcome.manifest, step.artifact)
+
+
+def _tags(step: Step, status: str) -> dict[str, str]:
+    return {
+        "rxt.kind": step.kind,
+        "rxt.step": step.name,
+        "rxt.status": status,
+        "rxt.fingerprint": step.fingerprint,
+        "rxt.parents": json.dumps(step.inputs),
+    }
+
+
+def _report(run: _Run, plan: list[Step], seconds: float) -> Report:
+    """The run's report, from its artifacts."""
+    evaluation = json.loads((plan[-1].artifact / RESULT).read_text())
+    trained = [outcome for outcome in run.outcomes if outcome.step.kind == "training"]
+    report: Report = {
+        "name": run.config.name,
+        "seed": run.config.seed,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "run_seconds": seconds,
+        "model": str(trained[-1].step.artifact),
+        "versions": {"python": platform.python_version()}
+        | {lib: importlib.metadata.version(lib) for lib in _LIBRARIES},
+        "parameters": {name: count.parameters for name, count in count_parameters(run.config.model).items()},
+        "steps": [
+            {
+                "name": outcome.step.name,
+                "kind": outcome.step.kind,
+                "status": outcome.status,
+                "seconds": outcome.seconds,
+                "fingerprint": outcome.step.fingerprint,
+                "artifact": str(outcome.step.artifact),
+            }
+            for outcome in run.outcomes
+        ],
+        "stages": [_stage_row(outcome, evaluation["baselines"]) for outcome in trained],
+        "corpus": run.outcomes[0].manifest.metrics,
+        **{name: evaluation[name] for name in ("answer_tokens", "memory_reset", "recall", "samples")},
+        "recall_overall": mean_recall(evaluation["recall"]),
+    }
+    histories = {
+        outcome.step.name: [json.loads(line) for line in (outcome.step.artifact / "history.jsonl").open()]
+        for outcome in trained
+    }
+    write_report(run.folder, report, histories)
+    return report
+
+
+def _stage_row(outcome: Outcome, baselines: dict[str, Any]) -> dict[str, Any]:
+    stage, metrics = outcome.step.stage, outcome.manifest.metrics
+    assert stage is not None
+    return {
+        "name": outcome.step.name,
+        "kind": stage.kind,
+        "status": outcome.status,
+        "seconds": outcome.seconds,
+        "steps": int(metrics["steps"]),
+        "loss_before": metrics["loss_before"],
+        "loss_after": metrics["loss_after"],
+        "baselines": baselines.get(outcome.step.name),
+    }
+
+
+def _headline(report: Report) -> dict[str, float]:
+    recall = {f"recall.{key}.gain": value["gain"] for key, value in report["recall"].items()}
+    return recall | {f"answer_tokens.{key}": float(value) for key, value in report["answer_tokens"].items()}

@@ -1,0 +1,139 @@
+"""The engine's promises on real processes: split-invariant, resumable, exact about what is frozen and what is finite."""
+
+import shutil
+from collections.abc import Callable
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from rxt_platform.model.parameters import component_of
+from rxt_platform.storage.directory import read_manifest, seal_directory
+from tests.support import STAGES, Jobs
+
+pytestmark = pytest.mark.dist
+
+
+def test_two_workers_compute_what_one_does(straight_run: Jobs, new_jobs: Callable[..., Jobs]) -> None:
+    """Per-step losses of all four stages, fp32, same global batch: largest difference 1e-5."""
+    two = new_jobs()
+    for stage in STAGES:
+        done = two.run(stage, workers=2)
+        assert done.returncode == 0, done.stderr[-2000:]
+        one_history, two_history = straight_run.history(stage), two.history(stage)
+        assert len(one_history) == len(two_history) >= 10
+        for one_step, two_step in zip(one_history, two_history, strict=True):
+            for name in ("objective", "loss"):
+                assert one_step[name] == pytest.approx(two_step[name], abs=1e-5), (stage, one_step["step"], name)
+
+
+def test_micro_batches_compute_what_one_batch_does(straight_run: Jobs, new_jobs: Callable[..., Jobs]) -> None:
+    jobs = new_jobs("stages.pretraining.micro_batch_size=4")
+    assert jobs.run("pretraining").returncode == 0
+    for whole, parts in zip(straight_run.history("pretraining"), jobs.history("pretraining"), strict=True):
+        assert whole["objective"] == pytest.approx(parts["objective"], abs=1e-5)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 2, 3])
+def test_zero_stages_agree(straight_run: Jobs, new_jobs: Callable[..., Jobs], zero_stage: int) -> None:
+    """The stage with frozen parts and phases, from the same model, under every ZeRO stage."""
+    jobs = new_jobs(f"training.zero_stage={zero_stage}")
+    jobs.jobs["memory_aware"] = jobs.jobs["memory_aware"].model_copy(
+        update={"start": straight_run.jobs["memory_aware"].start}
+    )
+    done = jobs.run("memory_aware", workers=2)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for one, other in zip(straight_run.history("memory_aware"), jobs.history("memory_aware"), strict=True):
+        assert one["objective"] == pytest.approx(other["objective"], abs=1e-5), one["step"]
+    weights, others = (load_file(run.jobs["memory_aware"].output / "model.safetensors") for run in (straight_run, jobs))
+    assert weights.keys() == others.keys()
+    for name, tensor in weights.items():
+        torch.testing.assert_close(tensor, others[name], atol=1e-4, rtol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_killed_run_ends_with_the_same_weights(straight_run: Jobs, new_jobs: Callable[..., Jobs], stage: str) -> None:
+    jobs = new_jobs()
+    jobs.jobs[stage] = jobs.jobs[stage].model_copy(update={"start": straight_run.jobs[stage].start})
+    jobs.run_and_kill(stage, step=5)
+    done = jobs.run(stage)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert read_manifest(jobs.jobs[stage].output).metrics["resumed_from_step"] >= 3
+    assert jobs.weights_sha256(stage) == straight_run.weights_sha256(stage)
+    history, straight = jobs.history(stage), straight_run.history(stage)
+    assert [row["step"] for row in history] == [row["step"] for row in straight]
+    assert [row["loss"] for row in history] == [row["loss"] for row in straight]
+
+
+def test_damaged_checkpoint_is_named_and_the_one_before_is_used(new_jobs: Callable[..., Jobs]) -> None:
+    jobs = new_jobs()
+    jobs.run_and_kill("pretraining", step=8)
+    checkpoints = sorted((jobs.jobs["pretraining"].work / "checkpoints").glob("step-*"))
+    assert [path.name for path in checkpoints] == ["step-00000003", "step-00000006"]
+    shard = next((checkpoints[1] / "deepspeed/state").glob("*optim_states.pt"))
+    shard.write_bytes(shard.read_bytes()[:-100])
+    done = jobs.run("pretraining")
+    assert done.returncode == 0
+    assert str(shard) in done.stderr and "skipping" in done.stderr
+    assert read_manifest(jobs.jobs["pretraining"].output).metrics["resumed_from_step"] == 3
+
+
+def test_only_damaged_checkpoints_are_an_error_not_a_fresh_start(new_jobs: Callable[..., Jobs]) -> None:
+    jobs = new_jobs()
+    jobs.run_and_kill("pretraining", step=4)
+    (checkpoint,) = sorted((jobs.jobs["pretraining"].work / "checkpoints").glob("step-*"))
+    (checkpoint / "manifest.json").unlink()
+    done = jobs.run("pretraining")
+    assert done.returncode == 2
+    assert "no usable checkpoint" in done.stderr and str(checkpoint) in done.stderr
+    assert not jobs.jobs["pretraining"].output.exists()
+
+
+def test_another_worker_count_is_refused_with_the_fix(new_jobs: Callable[..., Jobs]) -> None:
+    jobs = new_jobs()
+    jobs.run_and_kill("pretraining", step=4)
+    done = jobs.run("pretraining", workers=2)
+    assert done.returncode != 0
+    assert "saved with world_size 1, this job has 2" in done.stderr
+
+
+def test_frozen_components_stay_bit_identical(straight_run: Jobs) -> None:
+    """Memory pre-training trains the memory attention alone."""
+    job = straight_run.jobs["memory_pretraining"]
+    assert job.start is not None
+    before, after = load_file(job.start / "model.safetensors"), load_file(job.output / "model.safetensors")
+    for name, tensor in before.items():
+        assert torch.equal(tensor, after[name]) == (component_of(name) != "memory_attention"), name
+
+
+def test_gradual_unfreezing_moves_components_in_their_order(new_jobs: Callable[..., Jobs], straight_run: Jobs) -> None:
+    """Stopped at the end of the first phase, only the decoder's parts have moved."""
+    jobs = new_jobs("stages.memory_aware.unfreeze_memory_attention=5", "training.checkpoint_every=100")
+    start = straight_run.jobs["memory_aware"].start
+    jobs.jobs["memory_aware"] = jobs.jobs["memory_aware"].model_copy(update={"start": start})
+    assert jobs.run("memory_aware").returncode == 0
+    assert start is not None
+    before = load_file(start / "model.safetensors")
+    after = load_file(jobs.jobs["memory_aware"].output / "model.safetensors")
+    moved = {component_of(name) for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+    assert moved == {"decoder", "memory_cross_attention", "heads"}
+
+
+def test_loss_that_is_not_finite_stops_all_ranks_and_names_the_rows(
+    straight_run: Jobs, new_jobs: Callable[..., Jobs]
+) -> None:
+    jobs = new_jobs()
+    start = straight_run.jobs["sft"].start
+    assert start is not None
+    poisoned = jobs.folder / "poisoned"
+    shutil.copytree(start, poisoned)
+    weights = load_file(poisoned / "model.safetensors")
+    weights["decoder.head.bias"][0] = float("nan")
+    save_file(weights, poisoned / "model.safetensors")
+    (poisoned / "manifest.json").unlink()
+    seal_directory(poisoned, jobs.folder / "sealed", "model")
+    jobs.jobs["sft"] = jobs.jobs["sft"].model_copy(update={"start": jobs.folder / "sealed"})
+    done = jobs.run("sft", workers=2)
+    assert done.returncode != 0
+    assert "step 1: the loss is nan; rows of the batch: [" in done.stderr
+    assert not jobs.jobs["sft"].output.exists()

@@ -1,0 +1,112 @@
+"""The pipeline's promises on real Ray, DeepSpeed and MLflow: reuse, reasons, lineage, one driver."""
+
+import json
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from rxt_platform.errors import BusyError
+from rxt_platform.orchestration.commands import plan_rows
+from rxt_platform.orchestration.plan import build_plan
+from rxt_platform.orchestration.runner import _only_driver, run_pipeline
+from rxt_platform.storage.directory import verify_directory
+from tests.support import STAGES, read_report, run_driver, small_run, weights_of
+
+pytestmark = pytest.mark.dist
+
+
+def test_report_holds_what_was_measured(finished_pipeline: Path) -> None:
+    report = read_report(finished_pipeline)
+    assert [stage["name"] for stage in report["stages"]] == list(STAGES)
+    for stage in report["stages"]:
+        assert stage["seconds"] > 0
+        assert stage["loss_after"] < stage["loss_before"]
+    assert {"1", "2", "3"} >= set(report["recall"])
+    for entry in report["recall"].values():
+        assert entry["gain"] == pytest.approx(entry["with_memory"] - entry["reset"])
+        assert entry["count"] > 0
+    assert report["answer_tokens"]["count"] == report["memory_reset"]["count"] > 0
+    assert Path(report["model"]).is_dir()
+    folder = finished_pipeline / "quickstart"
+    for name in ("report.html", "recall.png", "losses.png"):
+        assert (folder / name).stat().st_size > 1000
+
+
+def test_rerun_reuses_every_step_and_starts_no_ray(
+    finished_pipeline: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_ray(*_: object) -> None:
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setattr("rxt_platform.orchestration.ray_jobs.connect", no_ray)
+    before = read_report(finished_pipeline)
+    report = run_pipeline(small_run(finished_pipeline))
+    assert {step["status"] for step in report["steps"]} == {"reused"}
+    assert weights_of(report) == weights_of(before)
+    assert capsys.readouterr().out.count("reused") >= 7
+
+
+def test_plan_names_the_field_that_changed_and_what_follows(finished_pipeline: Path) -> None:
+    changed = small_run(finished_pipeline, "stages.sft.optimizer.learning_rate=2e-4")
+    rows = {row["step"]: row for row in plan_rows(changed)}
+    assert [name for name, row in rows.items() if row["state"] == "cached"] == ["corpus", "tokenizer", "pretraining"]
+    assert "stage.optimizer.learning_rate: 0.001 → 0.0002" in rows["sft"]["why"]
+    assert rows["memory_pretraining"]["why"] == "input model changed"
+
+
+def test_workers_and_checkpoints_are_not_part_of_what_a_result_is(finished_pipeline: Path) -> None:
+    other = small_run(finished_pipeline, "resources.workers=1", "training.checkpoint_every=7", "training.zero_stage=2")
+    assert {row["state"] for row in plan_rows(other)} == {"cached"}
+
+
+def test_artifacts_say_what_they_were_made_from(finished_pipeline: Path) -> None:
+    plan = {step.name: step for step in build_plan(small_run(finished_pipeline))}
+    for step in plan.values():
+        manifest = verify_directory(step.artifact)
+        assert manifest.parents == step.inputs
+        assert manifest.config["fingerprint"] == step.fingerprint
+    assert plan["sft"].inputs["model"] == plan["pretraining"].fingerprint
+
+
+def test_mlflow_holds_parent_children_metrics_and_lineage(finished_pipeline: Path) -> None:
+    client = MlflowClient(f"sqlite:///{finished_pipeline / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("rxt_platform")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id], order_by=["attributes.start_time ASC"])
+    parent = next(run for run in runs if run.data.tags["rxt.kind"] == "pipeline")
+    children = {
+        run.data.tags["rxt.step"]: run
+        for run in runs
+        if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id
+    }
+    assert list(children) == ["corpus", "tokenizer", *STAGES, "evaluation"]
+    assert {run.info.status for run in [parent, *children.values()]} == {"FINISHED"}
+    sft = children["sft"]
+    history = client.get_metric_history(sft.info.run_id, "loss")
+    assert [entry.step for entry in history] == list(range(1, 11))
+    for name in ("gradient_norm", "tokens_per_second", "learning_rate"):
+        assert len(client.get_metric_history(sft.info.run_id, name)) == 10
+    assert len(client.get_metric_history(children["memory_aware"].info.run_id, "memory_change")) == 10
+    assert json.loads(sft.data.tags["rxt.parents"])["model"] == children["pretraining"].data.tags["rxt.fingerprint"]
+    assert {entry.dataset.name for entry in sft.inputs.dataset_inputs} == {"corpus", "tokenizer", "model"}
+    files = {entry.path for entry in client.list_artifacts(sft.info.run_id, "artifact")}
+    assert {"artifact/model.safetensors", "artifact/manifest.json", "artifact/tokenizer.json"} <= files
+    assert sft.data.params["stage.optimizer.learning_rate"] == "0.001"
+    assert {entry.path for entry in client.list_artifacts(parent.info.run_id, "report")} >= {"report/report.html"}
+
+
+def test_second_driver_leaves_and_names_the_first(tmp_path: Path) -> None:
+    config = small_run(tmp_path)
+    folder = tmp_path / config.name
+    folder.mkdir()
+    with _only_driver(folder), pytest.raises(BusyError, match=r"in use by process \d+ on "):
+        run_pipeline(config)
+
+
+def test_tracking_server_that_is_away_costs_records_not_the_run(finished_pipeline: Path, tmp_path: Path) -> None:
+    """Only the evaluation runs again; its record can't be written."""
+    done = run_driver(finished_pipeline, "evaluation.samples=2", "tracking.uri=http://127.0.0.1:9")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stderr.count("training goes on") == 1
+    assert len(read_report(finished_pipeline)["samples"]) == 2

@@ -1,0 +1,162 @@
+"""Small stage jobs on the story world, run as users run them: in processes of their own."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from rxt_platform.config.loading import load_run
+from rxt_platform.config.run import RunConfig
+from rxt_platform.data.corpus import build_corpus, corpus_texts
+from rxt_platform.data.tokenizer import RxtTokenizer
+from rxt_platform.evaluation.report import Report
+from rxt_platform.orchestration.plan import build_plan
+from rxt_platform.storage.directory import Provenance, commit_directory
+from rxt_platform.training.job import StageJob
+
+ROOT = Path(__file__).parents[1]
+SMALL = [
+    "data.texts.train_rows=160",
+    "data.texts.validation_rows=16",
+    "data.interactions.train_rows=160",
+    "data.interactions.validation_rows=16",
+    "data.conversations.train_rows=160",
+    "data.conversations.validation_rows=16",
+    "model.hidden_size=32",
+    "model.memory.slots=8",
+    "model.encoder.feed_forward_size=48",
+    "model.decoder.feed_forward_size=32",
+    "evaluation.conversations=8",
+    "evaluation.samples=1",
+    "training.checkpoint_every=3",
+    "training.log_every=1",
+    *(f"stages.{name}.global_batch_size=16" for name in ("pretraining", "sft", "memory_pretraining", "memory_aware")),
+    *(f"stages.{name}.epochs=1" for name in ("pretraining", "sft", "memory_pretraining", "memory_aware")),
+    "stages.memory_aware.curriculum=[{turns: 2, epochs: 0.3}]",
+    "stages.memory_aware.unfreeze_memory_attention=0.2",
+    "stages.memory_aware.unfreeze_encoder=0.3",
+]
+STAGES = ("pretraining", "sft", "memory_pretraining", "memory_aware")
+
+
+def small_run(storage: Path, *overrides: str) -> RunConfig:
+    """The quickstart, made small: 10 steps a stage."""
+    return load_run(ROOT / "pipelines/configs/quickstart.yaml", [*SMALL, f"storage={storage}", *overrides])
+
+
+def environment() -> dict[str, str]:
+    """Of a test's child processes."""
+    venv = str(Path(sys.executable).parent)
+    return {
+        **os.environ,
+        "PATH": f"{venv}:{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "PYTHONWARNINGS": "ignore",
+    }
+
+
+@dataclass
+class Jobs:
+    """The four stage jobs of a small run, not run yet."""
+
+    config: RunConfig
+    jobs: dict[str, StageJob]
+    folder: Path
+
+    def command(self, stage: str, workers: int = 1) -> list[str]:
+        """How a user starts a stage without Ray."""
+        path = self.folder / f"{stage}.json"
+        path.write_text(self.jobs[stage].model_dump_json())
+        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(workers)] if workers > 1 else []
+        return [sys.executable, *launcher, "-m", "rxt_platform.training", str(path)]
+
+    def run(self, stage: str, workers: int = 1) -> subprocess.CompletedProcess[str]:
+        """Run a stage to its end."""
+        command = self.command(stage, workers)
+        return subprocess.run(
+            command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+        )
+
+    def run_and_kill(self, stage: str, step: int) -> None:
+        """SIGKILL a stage's process as soon as it has logged `step`."""
+        process = subprocess.Popen(
+            self.command(stage), env=environment(), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        deadline = time.monotonic() + 120
+        while len(self.history(stage)) < step:
+            assert process.poll() is None, "ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+
+    def history(self, stage: str) -> list[dict[str, float]]:
+        """Logged metrics, one row for each step."""
+        path = self.jobs[stage].work / "metrics.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def weights_sha256(self, stage: str) -> str:
+        """Hash of the trained model's weights file."""
+        return hashlib.sha256((self.jobs[stage].output / "model.safetensors").read_bytes()).hexdigest()
+
+
+def make_jobs(folder: Path, *overrides: str) -> Jobs:
+    """Corpus and tokenizer made, jobs ready."""
+    config = small_run(folder, *overrides)
+    plan = build_plan(config)
+    corpus, tokenizer = plan[:2]
+    with commit_directory(corpus.artifact, "corpus", Provenance(corpus.provenance, {}, {})) as path:
+        build_corpus(config.data, path)
+    with commit_directory(tokenizer.artifact, "tokenizer", Provenance(tokenizer.provenance, {}, {})) as path:
+        RxtTokenizer.train(corpus_texts(corpus.artifact), config.model.vocab_size).save(path / "tokenizer.json")
+    jobs = {}
+    for step in plan[2:-1]:
+        assert step.stage is not None
+        jobs[step.name] = StageJob(
+            stage=step.stage,
+            model=config.model,
+            training=config.training,
+            seed=config.seed,
+            identity=step.fingerprint,
+            corpus=corpus.artifact,
+            tokenizer=tokenizer.artifact,
+            start=step.start,
+            output=step.artifact,
+            work=step.work,
+            provenance=step.provenance,
+            parents=step.inputs,
+        )
+    return Jobs(config, jobs, folder)
+
+
+def driver_command(storage: Path, *overrides: str) -> list[str]:
+    """How a user starts the small pipeline."""
+    config = str(ROOT / "pipelines/configs/quickstart.yaml")
+    script = str(ROOT / "pipelines/full_smst.py")
+    return [sys.executable, script, "--config", config, *SMALL, f"storage={storage}", *overrides]
+
+
+def run_driver(storage: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    """Run the small pipeline to its end in a process of its own."""
+    command = driver_command(storage, *overrides)
+    return subprocess.run(
+        command, env=environment(), cwd=storage, capture_output=True, text=True, timeout=540, check=False
+    )
+
+
+def read_report(storage: Path) -> Report:
+    """The report of the small pipeline."""
+    report: Report = json.loads((storage / "quickstart/report.json").read_text())
+    return report
+
+
+def weights_of(report: Report) -> str:
+    """Hash of the weights that a run ended with."""
+    return hashlib.sha256((Path(report["model"]) / "model.safetensors").read_bytes()).hexdigest()
