@@ -6,4 +6,4 @@ from pydantic import BaseModel, ConfigDict
 class Spec(BaseModel):
     """A frozen pydantic model that forbids unknown keys and validates its own defaults."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)

@@ -68,10 +68,13 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 def _unique_mapping(loader: _UniqueKeyLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: set[Any] = set()
     for key_node, _ in node.value:
-        key = loader.construct_object(key_node)
+        key = loader.construct_object(key_node, deep=True)
+        if not isinstance(key, str | int | float | bool | None):
+            raise yaml.constructor.ConstructorError(None, None, "a key must be plain text", key_node.start_mark)
         if key in seen:
             raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
         seen.add(key)
+    loader.flatten_mapping(node)  # merge keys, `<<: *anchor`
     return dict(loader.construct_pairs(node, deep=True))
 
 
@@ -101,7 +104,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"override {override!r}: the value is not YAML: {error}") from None
+        raise ConfigError(f"override {override!r}: the value is not YAML: {getattr(error, 'problem', error)}") from None
     *parents, last = key.split(".")
     node = raw
     for parent in parents:
@@ -149,6 +152,9 @@ def _walk(model: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[Any, list
         elif typing.get_origin(at) is dict:
             path.append(str(part))
             at = typing.get_args(at)[1]
+        elif typing.get_origin(at) is list:
+            path.append(str(part))
+            at = typing.get_args(at)[0]
         elif typing.get_origin(at) in (typing.Union, types.UnionType):
             options = [_strip(option) for option in typing.get_args(at)]
             tagged = [o for o in options if isinstance(o, type) and issubclass(o, BaseModel) and _tag(o) == part]

@@ -80,6 +80,14 @@ class ModelConfig(Spec):
         return self.hidden_size // self.heads
 
     @model_validator(mode="after")
+    def _sizes_fit_grouped_products(self) -> Self:
+        sizes = {"hidden_size": self.hidden_size, "decoder.feed_forward_size": self.decoder.feed_forward_size}
+        for name, size in sizes.items():
+            if size % 8:
+                raise ValueError(f"{name} ({size}) must be a multiple of 8: grouped matrix products need aligned rows")
+        return self
+
+    @model_validator(mode="after")
     def _head_size_is_even(self) -> Self:
         if self.hidden_size % self.heads or self.head_size % 2:
             raise ValueError(

@@ -9,7 +9,8 @@ from rxt_platform.config.base import Spec
 from rxt_platform.config.model import ModelConfig
 from rxt_platform.config.stages import StageConfig
 
-_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_.-]*")
+_SMALLEST_VOCABULARY = 267
 
 
 class StoryWorldSource(Spec):
@@ -29,7 +30,7 @@ class TextFileSource(Spec):
 
     kind: Literal["text"]
     path: str
-    separator: str = "<|endoftext|>"
+    separator: str = Field("<|endoftext|>", min_length=1)
     validation_share: float = Field(0.05, gt=0, lt=1, description="share of the documents, taken from the end")
     max_rows: int | None = Field(None, gt=0, description="use only the first rows")
 
@@ -114,10 +115,19 @@ class RunConfig(Spec):
     @model_validator(mode="after")
     def _names_are_safe(self) -> Self:
         for name in (self.name, *self.stages):
-            if not _NAME.match(name):
+            if not _NAME.fullmatch(name):
                 raise ValueError(f"name {name!r} may only hold letters, digits, '.', '_', '-' (it names a folder)")
         if self.name == "artifacts":
             raise ValueError("name 'artifacts' is taken by the folder that all runs share")
+        return self
+
+    @model_validator(mode="after")
+    def _vocabulary_holds_all_bytes(self) -> Self:
+        if self.model.vocab_size < _SMALLEST_VOCABULARY:
+            raise ValueError(
+                f"model.vocab_size {self.model.vocab_size}: byte-level BPE needs at least {_SMALLEST_VOCABULARY} "
+                "(256 bytes and 11 special tokens)"
+            )
         return self
 
     @model_validator(mode="after")
@@ -127,9 +137,9 @@ class RunConfig(Spec):
             rows, micro = stage.global_batch_size, stage.micro_batch_size
             unit = workers * (micro or 1)
             if rows % unit:
-                low = max(unit, rows // unit * unit)
+                near = [str(size) for size in (rows // unit * unit, rows // unit * unit + unit) if size]
                 raise ValueError(
                     f"stages.{name}.global_batch_size {rows} can't be shared by {workers} workers"
-                    f"{f' in micro-batches of {micro}' if micro else ''}: nearest {low} or {rows // unit * unit + unit}"
+                    f"{f' in micro-batches of {micro}' if micro else ''}: nearest {' or '.join(near)}"
                 )
         return self

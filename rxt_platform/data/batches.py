@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rxt_platform.data.tokenizer import ANSWER, BOS, EOS, PAD, EncodedInteraction, RxtTokenizer
+from rxt_platform.data.tokenizer import BOS, EOS, PAD, SPECIAL_TOKENS, EncodedInteraction, RxtTokenizer
 from rxt_platform.errors import DataError
 
 
@@ -55,6 +55,7 @@ class Batch:
     rows     int64 [B], index of the row in its data set
     hidden   bool  [B, N, T], tokens that the masked encoder must guess, or all False
     total_*  numbers over the whole global batch, whatever part of it this is
+    turn_lengths  longest interaction of each turn in the global batch, in tokens
     """
 
     ids: Tensor
@@ -68,6 +69,7 @@ class Batch:
     total_targets: int
     total_hidden: int
     total_turns: int
+    turn_lengths: tuple[int, ...]
 
     def part(self, start: int, stop: int) -> "Batch":
         """Rows start..stop of this batch; the totals stay those of the global batch."""
@@ -164,12 +166,13 @@ def collate(
         total_targets=int(targets.sum()),
         total_hidden=int(hidden.sum()),
         total_turns=int(present.sum()),
+        turn_lengths=tuple(mask.sum(axis=2).max(axis=0).tolist()),
     )
 
 
 def _hide(real: np.ndarray, ids: np.ndarray, seed: int, probability: float) -> np.ndarray:
     """Positions to mask: each real, not special token with `probability` (REF 3.1, but markers stay readable)."""
-    ordinary = real & (ids > ANSWER)
+    ordinary = real & (ids >= len(SPECIAL_TOKENS))
     return ordinary & (np.random.default_rng([seed, 2]).random(ids.shape) < probability)
 
 

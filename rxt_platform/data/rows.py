@@ -141,6 +141,10 @@ def _text(row: Mapping[str, Any], name: str, column: str) -> str:
         raise _bad(name, column, f"expected text, got {type(value).__name__}")
     if not value.strip():
         raise _bad(name, column, "empty")
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # JSON can escape what no UTF-8 file can hold
+        raise _bad(name, column, "half of a surrogate pair: not Unicode text") from None
     return value
 
 

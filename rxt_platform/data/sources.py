@@ -41,12 +41,15 @@ def interactions(config: DataConfig) -> Rows[Interaction]:
     if isinstance(source, StoryWorldSource):
         return _world(source, lambda world, split, count: world.interactions(split, count))
     both = _jsonl_splits(config, source)
-    train, validation = ([turn for row in rows for turn in row.interactions] for rows in (both.train, both.validation))
+    train, validation = (
+        [Interaction(turn.query, turn.answer) for row in rows for turn in row.interactions]
+        for rows in (both.train, both.validation)
+    )
     return Rows(train, validation)
 
 
 def conversations(config: DataConfig) -> Rows[Conversation]:
-    """Conversations for the memory stages, at least two turns each."""
+    """Conversations for the memory stages; some must have follow-up turns."""
     source = config.conversations
     if isinstance(source, StoryWorldSource):
         return _world(source, lambda world, split, count: _talks(world, split, count, source.turns))

@@ -48,6 +48,7 @@ def evaluate_conversations(
     """Measure a model on conversations. Raises DataError when a query fills the model's window."""
     model.eval()
     with_memory, reset = _Sums(), _Sums()
+    annotated = any(item.recall for talk in talks for item in talk.interactions)
     asked: dict[int, list[tuple[bool, bool]]] = defaultdict(list)
     for start in range(0, len(talks), batch_size):
         group = talks[start : start + batch_size]
@@ -62,7 +63,7 @@ def evaluate_conversations(
         for turn in range(batch.ids.shape[1]):
             with_memory.add(model, batch, turn, memory)
             reset.add(model, batch, turn, initial)
-            for distance, *outcome in _ask(model, tokenizer, group, turn, memory, initial):
+            for distance, *outcome in _ask(model, tokenizer, group, turn, memory, initial, annotated):
                 asked[distance].append((bool(outcome[0]), bool(outcome[1])))
             memory = write_turn(model, batch, turn, memory)
     recall = {str(distance): recall_of(asked[distance]) for distance in sorted(asked)}
@@ -70,10 +71,9 @@ def evaluate_conversations(
 
 
 def write_turn(model: ReactiveTransformer, batch: Batch, turn: int, memory: Tensor) -> Tensor:
-    """The memory after a turn's reference interaction was written, unchanged in rows without that turn."""
-    length = int(batch.mask[:, turn].sum(dim=1).max())
-    written = model.write(memory, batch.ids[:, turn, :length], batch.mask[:, turn, :length])
-    return torch.where(batch.turns[:, turn][None, :, None, None], written, memory)
+    """The memory after a turn's reference interaction was written; meaningless in rows that have ended."""
+    length = batch.turn_lengths[turn]
+    return model.write(memory, batch.ids[:, turn, :length], batch.mask[:, turn, :length])
 
 
 class _Sums:
@@ -83,7 +83,7 @@ class _Sums:
         self.loss, self.correct, self.count = 0.0, 0, 0
 
     def add(self, model: ReactiveTransformer, batch: Batch, turn: int, memory: Tensor) -> None:
-        length = int(batch.mask[:, turn].sum(dim=1).max())
+        length = batch.turn_lengths[turn]
         ids, mask = batch.ids[:, turn, :length], batch.mask[:, turn, :length]
         targets = batch.targets[:, turn, :length]
         states = model.decode_states(ids, mask, memory).states
@@ -109,13 +109,13 @@ def _ask(
     turn: int,
     memory: Tensor,
     initial: Tensor,
+    annotated: bool,
 ) -> list[tuple[int, bool, bool]]:
     """(distance, right with memory, right with memory reset) for each question of this turn.
 
-    Where no row of the file carries answer keys, every follow-up asks for the first turn's text: the distance is the
-    turn's index.
+    Where no row carries answer keys (not `annotated`), every follow-up asks for the first turn's text, so that its
+    distance is the turn's index.
     """
-    annotated = any(item.recall for talk in talks for item in talk.interactions)
     questions = [
         (row, talk.interactions[turn])
         for row, talk in enumerate(talks)

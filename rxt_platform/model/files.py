@@ -35,7 +35,11 @@ def load_model(directory: Path) -> tuple[ReactiveTransformer, RxtTokenizer]:
         raise ArtifactError(f"{path}: not a model configuration: {error}") from error
     model = ReactiveTransformer(config)
     load_weights(model, directory)
-    return model.eval(), RxtTokenizer.load(directory / TOKENIZER)
+    path = directory / TOKENIZER
+    tokenizer = RxtTokenizer.load(path)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ArtifactError(f"{path}: {tokenizer.vocab_size} tokens, the model has {config.vocab_size}: not its own")
+    return model.eval(), tokenizer
 
 
 def load_weights(model: ReactiveTransformer, directory: Path) -> None:

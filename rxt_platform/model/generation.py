@@ -62,7 +62,8 @@ def generate(
             raise DataError(f"prompt {row} has {len(prompt)} tokens: no room to answer in a window of {window}")
     device = model.embedding.weight.device
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    ids, mask, positions = _right_padded(prompts, lengths)
+    ids, mask = _right_padded(prompts, lengths)
+    positions = torch.arange(ids.shape[1], device=device).expand_as(ids)
     cache = model.decoder.start_cache(memory, window)
     states = model.decoder.step(model.embedding(ids), mask, positions, cache)
     last = states[torch.arange(len(prompts), device=device), lengths - 1]
@@ -121,11 +122,9 @@ def interact(
     yield MemoryUpdated(written, float((written - memory).norm() / memory.norm()))
 
 
-def _right_padded(prompts: Sequence[Sequence[int]], lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids, mask and cache positions [B, T]; padding is given the position of the row's next token (see `step`)."""
+def _right_padded(prompts: Sequence[Sequence[int]], lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Ids and mask [B, T]."""
     longest = int(lengths.max())
     rows = [[*prompt, *[PAD] * (longest - len(prompt))] for prompt in prompts]
     ids = torch.tensor(rows, device=lengths.device)
-    index = torch.arange(longest, device=lengths.device).expand(len(prompts), -1)
-    mask = index < lengths[:, None]
-    return ids, mask, torch.where(mask, index, lengths[:, None])
+    return ids, torch.arange(longest, device=lengths.device) < lengths[:, None]

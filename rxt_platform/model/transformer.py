@@ -116,8 +116,11 @@ class Decoder(nn.Module):
         self.rotary = RotaryEmbedding(config.head_size, config.rope_base)
         self.head = nn.Linear(config.hidden_size, config.vocab_size)
 
-    def forward(self, x: Tensor, mask: Tensor, memory: Tensor, memory_mask: Tensor | None) -> Decoded:
-        """Hidden states of embedded tokens [B, T, D] that read `memory` [L, B, S, D] (`memory_mask` [B, S])."""
+    def forward(self, x: Tensor, mask: Tensor, memory: Tensor, memory_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Hidden states of embedded tokens [B, T, D] that read `memory` [L, B, S, D] (`memory_mask` [B, S]).
+
+        Returns them and the experts' balance loss of each row [B]; a plain tuple, in which ZeRO-3 finds the tensors.
+        """
         rotary = self.rotary(torch.arange(x.shape[1], device=x.device))
         readable = None if memory_mask is None else memory_mask[:, None, None, :]
         balance = x.new_zeros(x.shape[0], dtype=torch.float32)
@@ -127,7 +130,7 @@ class Decoder(nn.Module):
             x = x + layer.self_attention.attend(normed, keys_values, rotary, causal=True)
             x, layer_balance = layer.read_and_mix(x, layer.memory_keys_values(memory[i]), rotary, readable, mask)
             balance = balance + layer_balance
-        return Decoded(x, balance / len(self.layers))
+        return x, balance / len(self.layers)
 
     def start_cache(self, memory: Tensor, window: int) -> Cache:
         """An empty cache for `window` tokens over a memory [L, B, S, D], whose keys and values are projected once."""
@@ -142,8 +145,8 @@ class Decoder(nn.Module):
     def step(self, x: Tensor, mask: Tensor, positions: Tensor, cache: Cache) -> Tensor:
         """Hidden states of new tokens [B, T, D] at `positions` [B, T], which are written into the cache.
 
-        A padded token (`mask` False) must carry the position where its row's next real token will go: it is
-        overwritten before anything may read it.
+        What padding (`mask` False) leaves at a position is overwritten by the row's token that goes there, before any
+        token may read it.
         """
         rotary = self.rotary(positions)
         window = torch.arange(cache.self_keys[0].shape[2], device=x.device)
@@ -203,9 +206,19 @@ class ReactiveTransformer(nn.Module):
         """The memory after the interaction `ids` [B, T] (query and answer) was encoded and written."""
         return self.write_states(memory, self.encode(ids, mask), mask)
 
-    def decode_states(self, ids: Tensor, mask: Tensor, memory: Tensor, memory_mask: Tensor | None = None) -> Decoded:
+    def decode_states(
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        memory: Tensor,
+        memory_mask: Tensor | None = None,
+        frozen_embedding: bool = False,
+    ) -> Decoded:
         """Hidden states of the decoder for ids [B, T] over `memory` [L, B, S, D]; feed those needed to `head`."""
-        return self.decoder(self.embedding(ids), mask, memory, memory_mask)
+        embedded = self.embedding(ids)
+        if frozen_embedding:
+            embedded = embedded.detach()
+        return Decoded(*self.decoder(embedded, mask, memory, memory_mask))
 
     def head(self, states: Tensor) -> Tensor:
         """Next-token logits [..., V] of decoder states [..., D]."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from rxt_platform.config.stages import Component, MemoryAwareConfig
 from rxt_platform.data.batches import Batch, BatchSampler
 from rxt_platform.model.loss import target_loss
-from rxt_platform.model.transformer import Decoded, ReactiveTransformer
+from rxt_platform.model.transformer import ReactiveTransformer
 from rxt_platform.stages.base import LossReport, Phase, with_metrics
 from rxt_platform.stages.memory_pretraining import relative_change
 
@@ -61,7 +61,9 @@ class MemoryAwareStage:
             ids = batch.ids[:, turns, :length].transpose(0, 1).flatten(0, 1)
             mask = batch.mask[:, turns, :length].transpose(0, 1).flatten(0, 1)
             targets = batch.targets[:, turns, :length].transpose(0, 1).flatten(0, 1)
-            decoded = self._decode(model, ids, mask, torch.cat(memories[turns], dim=1), phase)
+            memory = torch.cat(memories[turns], dim=1)
+            frozen = "embedding" not in phase.trains
+            decoded = model.decode_states(ids, mask, memory, frozen_embedding=frozen)
             group_loss, group_correct = target_loss(model, decoded.states, ids, targets)
             summed, correct = summed + group_loss, correct + group_correct
             present = batch.turns[:, turns].transpose(0, 1).flatten()
@@ -79,14 +81,11 @@ class MemoryAwareStage:
         """The training loss, on held-out conversations."""
         return self.loss(model, batch, phase)
 
-    def _decode(self, model: ReactiveTransformer, ids: Tensor, mask: Tensor, memory: Tensor, phase: Phase) -> Decoded:
-        embedded = model.embedding(ids)
-        if "embedding" not in phase.trains:
-            embedded = embedded.detach()
-        return model.decoder(embedded, mask, memory, None)
-
     def _memories(self, model: ReactiveTransformer, batch: Batch, phase: Phase) -> list[Tensor]:
-        """The memory [L, B, S, D] before each turn, with gradient through its last `bptt_window` writes."""
+        """The memory [L, B, S, D] before each turn, with gradient through its last `bptt_window` writes.
+
+        Absent turns come last in a row, so what is written for them is never read.
+        """
         turns = batch.ids.shape[1]
         memories = [model.initial_memory(batch.seeds)]
         if turns == 1:
@@ -101,7 +100,8 @@ class MemoryAwareStage:
                 writes = range(turn - 1, turn) if window >= turn else range(first, turn)
                 memory = memories[turn - 1] if window >= turn else start
                 for written in writes:
-                    memory = self._write(model, memory, states[written], batch, written)
+                    mask = batch.mask[:, written, : states[written].shape[2]]
+                    memory = model.write_states(memory, states[written], mask)
                 memories.append(memory)
         return memories
 
@@ -115,20 +115,19 @@ class MemoryAwareStage:
             states.extend(encoded.chunk(group.stop - group.start, dim=1))
         return states
 
-    def _write(self, model: ReactiveTransformer, memory: Tensor, states: Tensor, batch: Batch, turn: int) -> Tensor:
-        written = model.write_states(memory, states, batch.mask[:, turn, : states.shape[2]])
-        return torch.where(batch.turns[:, turn][None, :, None, None], written, memory)
-
 
 def turn_groups(batch: Batch, turns: int | None = None) -> list[tuple[slice, int]]:
-    """Neighbouring turns of similar length (within a factor 1.5) that are worth one forward, with that length."""
-    lengths = batch.mask[:, :turns].sum(dim=2).amax(dim=0).tolist()
+    """Neighbouring turns of similar length (within a factor 1.5) that are worth one forward, with that length.
+
+    By the global batch's lengths: under ZeRO-3 all ranks must call the same modules in the same order.
+    """
     groups: list[tuple[slice, int]] = []
-    for turn, length in enumerate(lengths):
-        if groups:
-            group, longest = groups[-1]
-            if max(length, longest) <= 1.5 * min(length, longest):
-                groups[-1] = (slice(group.start, turn + 1), max(length, longest))
-                continue
-        groups.append((slice(turn, turn + 1), length))
+    first = longest = shortest = 0
+    for turn, length in enumerate(batch.turn_lengths[:turns]):
+        if turn and max(longest, length) <= 1.5 * min(shortest, length):
+            longest, shortest = max(longest, length), min(shortest, length)
+            groups[-1] = (slice(first, turn + 1), longest)
+        else:
+            first, longest, shortest = turn, length, length
+            groups.append((slice(turn, turn + 1), length))
     return groups

@@ -41,9 +41,9 @@ class MemoryPretrainingStage:
             written = model.write_states(memory, states, mask)
             distance = -F.cosine_similarity(written, target, dim=-1).mean(dim=(0, 2))
             loss = loss + (distance * present).sum() / batch.total_turns
-            kept = torch.where(present[None, :, None, None], written, memory).detach()
-            change = change + (relative_change(memory, kept) * present).sum() / batch.total_turns
-            memory = kept
+            written = written.detach()
+            change = change + (relative_change(memory, written) * present).sum() / batch.total_turns
+            memory = written
         return with_metrics(loss, loss=loss, memory_change=change)
 
     def evaluate(self, model: ReactiveTransformer, batch: Batch, phase: Phase) -> LossReport:

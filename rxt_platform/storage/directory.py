@@ -93,12 +93,12 @@ def seal_directory(source: Path, target: Path, kind: str, provenance: Provenance
     path.write_text(manifest.model_dump_json(indent=2))
     _fsync(path)
     _fsync(source)
+    stale = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.stale"
     if target.exists():
-        stale = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.stale"
         target.rename(stale)
-        shutil.rmtree(stale)
     source.rename(target)
     _fsync(target.parent)
+    shutil.rmtree(stale, ignore_errors=True)
     return manifest
 
 
@@ -111,10 +111,11 @@ def read_manifest(directory: Path) -> Manifest:
         raise ArtifactError(f"{directory}: no {MANIFEST}: not a complete artifact") from None
     except (OSError, ValueError) as error:
         raise ArtifactError(f"{path}: unreadable: {error}") from error
-    if isinstance(raw, dict) and raw.get("schema_version", 0) > SCHEMA_VERSION:
-        raise ArtifactError(
-            f"{path}: schema version {raw['schema_version']} is newer than {SCHEMA_VERSION}: upgrade rxt_platform"
-        )
+    version = raw.get("schema_version") if isinstance(raw, dict) else None
+    if not isinstance(version, int):
+        raise ArtifactError(f"{path}: schema_version: expected a number, got {version!r}")
+    if version > SCHEMA_VERSION:
+        raise ArtifactError(f"{path}: schema version {version} is newer than {SCHEMA_VERSION}: upgrade rxt_platform")
     try:
         return Manifest.model_validate(raw)
     except ValidationError as error:
@@ -138,6 +139,11 @@ def verify_directory(directory: Path, kind: str | None = None) -> Manifest:
         actual = file_hash(path)
         if actual != entry.sha256:
             raise ArtifactError(f"{path}: sha256 {actual}, the manifest says {entry.sha256}: the file was altered")
+    whole = content_hash({name: entry.sha256 for name, entry in manifest.files.items()})
+    if whole != manifest.content_sha256:
+        raise ArtifactError(
+            f"{directory}: content_sha256 {whole}, the manifest says {manifest.content_sha256}: it was altered"
+        )
     return manifest
 
 

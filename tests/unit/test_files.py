@@ -310,6 +310,38 @@ def test_a_manifest_cannot_point_outside_its_directory(committed: Path) -> None:
         verify_directory(committed)
 
 
+@pytest.mark.parametrize("version", ["2", None])
+def test_a_schema_version_that_is_no_number_is_an_artifact_error(committed: Path, version: str | None) -> None:
+    change_manifest(committed, schema_version=version)
+    with pytest.raises(ArtifactError, match="schema_version"):
+        verify_directory(committed)
+
+
+def test_a_content_hash_that_is_not_that_of_the_files_is_refused(committed: Path) -> None:
+    (committed / "weights.bin").write_bytes(b"9876543210")
+    files = json.loads((committed / MANIFEST).read_text())["files"]
+    files["weights.bin"]["sha256"] = hashlib.sha256(b"9876543210").hexdigest()
+    change_manifest(committed, files=files)
+    with pytest.raises(ArtifactError, match="content_sha256"):
+        verify_directory(committed)
+
+
+def test_a_replacement_that_is_killed_while_clearing_up_leaves_a_whole_directory(
+    committed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(path: Path, ignore_errors: bool = False) -> None:
+        raise KeyboardInterrupt
+
+    def write() -> None:
+        with commit_directory(committed, "model") as folder:
+            (folder / "new.bin").write_bytes(b"x")
+            monkeypatch.setattr("shutil.rmtree", killed)
+
+    with pytest.raises(KeyboardInterrupt):
+        write()
+    verify_directory(committed)
+
+
 def test_content_hash_names_the_content_only(tmp_path: Path) -> None:
     hashes = []
     for name, config, text in (("a", {"x": 1}, "same"), ("b", {"x": 2}, "same"), ("c", {"x": 1}, "other")):

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from rxt_platform.config.loading import load_preset
 from rxt_platform.model.attention import RotaryEmbedding, rotate
-from rxt_platform.model.feedforward import MixtureOfExperts, balance_loss
+from rxt_platform.model.feedforward import MixtureOfExperts, SwiGLU, balance_loss
 from rxt_platform.model.memory import ResidualGate
 from rxt_platform.model.parameters import component_of, count_parameters
 from tests.unit.helpers import FIRST_WORD, gradients, padded, rows_of, tiny_config, tiny_model
@@ -298,6 +298,17 @@ def test_rotated_products_depend_only_on_the_distance() -> None:
     assert abs(product(9, 4) - product(9, 6)) > 1e-2
 
 
+def test_swiglu_gates_the_first_half_by_the_second() -> None:
+    layer = SwiGLU(1, 2)
+    layer.input.weight.data = torch.tensor([[1.0], [2.0], [3.0], [-1.0]])
+    layer.input.bias.data = torch.tensor([0.5, 0.0, 0.0, 0.0])
+    layer.output.weight.data = torch.tensor([[1.0, 10.0]])
+    layer.output.bias.data = torch.tensor([0.25])
+    # x = 2: linear part (2.5, 4), gates (6, -2)
+    expected = 2.5 * 6 * sigmoid(6.0) + 10 * 4 * -2 * sigmoid(-2.0) + 0.25
+    assert float(layer(torch.tensor([2.0])).detach()) == pytest.approx(expected, abs=1e-5)
+
+
 def plain_mixture(layer: MixtureOfExperts, x: Tensor) -> Tensor:
     """One token [D] through its best experts, as REF 1.5 says it."""
     probabilities = (layer.router.weight @ x).softmax(dim=0)
@@ -343,6 +354,8 @@ def test_balance_loss_is_one_when_balanced_and_more_when_not() -> None:
     each_once = torch.arange(4)[:, None]
     rows = torch.zeros(4, dtype=torch.int64)
     assert float(balance_loss(balanced, each_once, rows, 1)) == pytest.approx(1.0)
+    pairs = torch.tensor([[0, 1], [2, 3], [0, 2], [1, 3]])
+    assert float(balance_loss(balanced, pairs, rows, 1)) == pytest.approx(1.0), "however many experts a token has"
     skewed = torch.tensor([[0.7, 0.1, 0.1, 0.1]]).expand(4, 4)
     assert float(balance_loss(skewed, torch.zeros(4, 1, dtype=torch.int64), rows, 1)) == pytest.approx(4 * 0.7)
     # Probabilities of experts that were not chosen count too, else it would reward nothing but low confidence.
@@ -363,6 +376,15 @@ def test_balance_loss_of_a_row_ignores_other_rows_and_padding() -> None:
         )
     assert together.shape == (3,)
     torch.testing.assert_close(together, alone)
+
+
+def test_the_model_s_balance_is_the_mean_over_its_layers() -> None:
+    model = tiny_model()
+    for layer in model.decoder.layers:
+        layer.feed_forward.router.weight.data.zero_()  # all experts equally likely
+    ids, mask = padded(rows_of(9, 4, 6))
+    balance = model.decode_states(ids, mask, model.initial_memory(SEEDS)).balance
+    torch.testing.assert_close(balance.detach(), torch.ones(3))
 
 
 def test_an_answer_s_loss_reaches_encoder_and_memory_attention_through_the_write() -> None:
