@@ -51,7 +51,8 @@ def test_killed_driver_then_the_same_command(finished_pipeline: Path, tmp_path: 
     assert children
     driver.send_signal(signal.SIGKILL)
     driver.communicate()
-    wait_for(lambda: not any(is_alive(child) for child in children), "Ray's processes to end", 90)  # its agents look for their raylet once a minute
+    # Ray's agents look for their raylet once a minute.
+    wait_for(lambda: not any(is_alive(child) for child in children), "Ray's processes to end", 90)
     done = run_driver(tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     report = read_report(tmp_path)
