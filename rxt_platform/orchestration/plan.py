@@ -6,6 +6,7 @@ the same fingerprint is reused.
 """
 
 import hashlib
+import os
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
@@ -84,7 +85,7 @@ class Step:
 
 def build_plan(config: RunConfig) -> list[Step]:
     """All steps of a run, in order. Raises an RxtError when an input file or a starting model is not usable."""
-    storage = Path(config.storage).resolve()
+    storage = storage_root(config)
     corpus = Step("corpus", "corpus", source_identity(config.data), {}, storage)
     vocab = {"vocab_size": config.model.vocab_size}
     tokenizer = Step("tokenizer", "tokenizer", vocab, {"corpus": corpus.fingerprint}, storage)
@@ -96,6 +97,23 @@ def build_plan(config: RunConfig) -> list[Step]:
     inputs |= {f"stages.{step.name}": step.fingerprint for step in steps[2:-1]}
     spec = {**config.evaluation.model_dump(mode="json"), "seed": config.seed}
     return [*steps, Step("evaluation", "evaluation", spec, inputs, storage)]
+
+
+def storage_root(config: RunConfig) -> Path:
+    """The run's storage as an absolute path.
+
+    A job of `ray job submit --working-dir` runs in an unpacked copy that Ray deletes: there, a relative storage is
+    taken from the home folder (the runner says so), so that results stay.
+    """
+    path = Path(config.storage).expanduser()
+    if not path.is_absolute() and in_temporary_copy():
+        return Path.home() / "rxt_platform" / path
+    return path.resolve()
+
+
+def in_temporary_copy() -> bool:
+    """Whether the current folder is a Ray job's own copy of its working directory."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and "working_dir_files" in Path.cwd().parts
 
 
 def explain(step: Step) -> str:

@@ -24,7 +24,7 @@ from rxt_platform.model.files import TOKENIZER
 from rxt_platform.model.parameters import count_parameters
 from rxt_platform.orchestration import ray_jobs
 from rxt_platform.orchestration.evaluate import RESULT, evaluate_run
-from rxt_platform.orchestration.plan import ARTIFACT_KIND, Step, build_plan
+from rxt_platform.orchestration.plan import ARTIFACT_KIND, Step, build_plan, in_temporary_copy
 from rxt_platform.orchestration.progress import Console, HistoryFollower
 from rxt_platform.orchestration.tracking import Tracker
 from rxt_platform.storage.directory import Manifest, Provenance, commit_directory, verify_directory
@@ -68,8 +68,8 @@ def run_pipeline(config: RunConfig, console: Console | None = None) -> Report:
     Input files, configuration and starting models are checked, and corpus and tokenizer made, before Ray starts.
     """
     started = time.monotonic()
-    storage = Path(config.storage).resolve()
     plan = build_plan(config)
+    storage = plan[0].storage
     folder = storage / config.name
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -79,6 +79,8 @@ def run_pipeline(config: RunConfig, console: Console | None = None) -> Report:
         ) from None
     with _only_driver(folder):
         run = _Run(config, folder, console or Console(), Tracker(config.tracking, storage))
+        if in_temporary_copy():
+            run.console.line(f"storage  {storage} (the job's working directory is a temporary copy)")
         for step in plan:
             step.artifact.parent.mkdir(parents=True, exist_ok=True)
         ready = [_prepare(run, step) for step in plan[:2]]

@@ -1,0 +1,125 @@
+"""Bad input ends with exit code 2 and one line that names the place and the fix, before Ray starts."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from rxt_platform.cli import guarded, rxt
+from rxt_platform.config.loading import load_preset
+from rxt_platform.data.tokenizer import RxtTokenizer
+from rxt_platform.model.files import save_model
+from rxt_platform.model.transformer import ReactiveTransformer
+from rxt_platform.storage.directory import Provenance, commit_directory
+from tests.support import ROOT
+
+QUICKSTART = str(ROOT / "pipelines/configs/quickstart.yaml")
+JSONL = "data.conversations={kind: jsonl, path: rows.jsonl, validation_path: rows.jsonl}"
+
+
+@pytest.fixture(autouse=True)
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray must not start."""
+
+    def connect(*_: object) -> bool:
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setattr("rxt_platform.orchestration.ray_jobs.connect", connect)
+
+
+def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line that `rxt run` leaves with exit code 2."""
+    code = guarded(lambda: rxt(["run", *arguments], standalone_mode=False))
+    captured = capsys.readouterr()
+    assert code == 2, captured.err
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> list[str]:
+    """Overrides that keep a run in the test's folder."""
+    return [f"storage={tmp_path / 'runs'}", f"data.root={tmp_path}"]
+
+
+def test_missing_config_file(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "nowhere.yaml: no such config file" in error_of(capsys, "nowhere.yaml")
+
+
+def test_missing_data_file(capsys: pytest.CaptureFixture[str], storage: list[str], tmp_path: Path) -> None:
+    message = error_of(capsys, QUICKSTART, *storage, "data.texts={kind: text, path: stories.txt}")
+    assert f"{tmp_path / 'stories.txt'}: no such file; relative paths are taken from data.root" in message
+
+
+def test_empty_corpus(capsys: pytest.CaptureFixture[str], storage: list[str], tmp_path: Path) -> None:
+    (tmp_path / "stories.txt").write_text("\n")
+    message = error_of(capsys, QUICKSTART, *storage, "data.texts={kind: text, path: stories.txt}")
+    assert f"{tmp_path / 'stories.txt'}: empty" in message
+
+
+def test_row_without_answer(capsys: pytest.CaptureFixture[str], storage: list[str], tmp_path: Path) -> None:
+    rows = [
+        {"query": "Hello.", "answer": "Hi."},
+        {"query": "Who?", "answer": "Me.", "interactions": [{"query": "Why?"}]},
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    message = error_of(capsys, QUICKSTART, *storage, JSONL)
+    assert f"{tmp_path / 'rows.jsonl'}:2: column 'interactions[0].answer': missing" in message
+
+
+def test_config_typo(capsys: pytest.CaptureFixture[str], storage: list[str]) -> None:
+    message = error_of(capsys, QUICKSTART, *storage, "stages.sft.optimizer.learning_rat=1e-3")
+    assert "unknown key 'stages.sft.optimizer.learning_rat'; nearest valid: learning_rate" in message
+
+
+def test_unknown_preset(capsys: pytest.CaptureFixture[str], storage: list[str]) -> None:
+    message = error_of(capsys, QUICKSTART, *storage, "model.preset=tny")
+    assert "model.preset: unknown preset 'tny'; did you mean 'tiny'? presets: alpha-nano, tiny" in message
+
+
+def test_start_from_an_artifact_that_was_altered(
+    capsys: pytest.CaptureFixture[str], storage: list[str], tmp_path: Path
+) -> None:
+    artifact = make_model_artifact(tmp_path / "model")
+    weights = artifact / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    message = error_of(capsys, QUICKSTART, *storage, f"stages.sft.start_from.artifact={artifact}")
+    assert f"stages.sft.start_from: {weights}: sha256 " in message
+    assert "the file was altered" in message
+
+
+def test_start_from_an_artifact_that_is_not_the_one_asked_for(
+    capsys: pytest.CaptureFixture[str], storage: list[str], tmp_path: Path
+) -> None:
+    artifact = make_model_artifact(tmp_path / "model")
+    asked = f"stages.sft.start_from={{artifact: {artifact}, sha256: {'ab' * 32}}}"
+    message = error_of(capsys, QUICKSTART, *storage, asked)
+    assert f"has content sha256 {json.loads((artifact / 'manifest.json').read_text())['content_sha256']}" in message
+    assert f"the config asks for {'ab' * 32}" in message
+
+
+def test_start_from_another_model(capsys: pytest.CaptureFixture[str], storage: list[str], tmp_path: Path) -> None:
+    artifact = make_model_artifact(tmp_path / "model")
+    overrides = [f"stages.sft.start_from.artifact={artifact}", "model.memory.slots=16"]
+    assert "is another model: memory.slots: 32 → 16" in error_of(capsys, QUICKSTART, *storage, *overrides)
+
+
+def test_storage_that_cannot_be_written(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    message = error_of(capsys, QUICKSTART, f"storage={tmp_path / 'file'}")
+    assert "cannot be made" in message
+    assert "set 'storage'" in message
+
+
+def make_model_artifact(path: Path) -> Path:
+    """An untrained tiny model as a committed artifact."""
+    config = load_preset("tiny")
+    torch.manual_seed(0)
+    provenance = Provenance({"spec": {"model": config.model_dump(mode="json")}}, {}, {})
+    with commit_directory(path, "model", provenance) as folder:
+        save_model(folder, config, ReactiveTransformer(config).state_dict(), RxtTokenizer.train(["a b"], 300))
+    return path
