@@ -12,11 +12,9 @@ from pathlib import Path
 
 from rxt_platform.config.loading import load_run
 from rxt_platform.config.run import RunConfig
-from rxt_platform.data.corpus import build_corpus, corpus_texts
-from rxt_platform.data.tokenizer import RxtTokenizer
 from rxt_platform.evaluation.report import Report
 from rxt_platform.orchestration.plan import build_plan
-from rxt_platform.storage.directory import Provenance, commit_directory
+from rxt_platform.orchestration.steps import prepare, stage_job
 from rxt_platform.training.job import StageJob
 
 ROOT = Path(__file__).parents[1]
@@ -108,32 +106,15 @@ class Jobs:
 
 
 def make_jobs(folder: Path, *overrides: str) -> Jobs:
-    """Corpus and tokenizer made, jobs ready."""
-    config = small_run(folder, *overrides)
+    """The small run's jobs, with corpus and tokenizer made."""
+    return make_jobs_of(small_run(folder, *overrides), folder)
+
+
+def make_jobs_of(config: RunConfig, folder: Path) -> Jobs:
+    """The jobs of a run, with corpus and tokenizer made."""
     plan = build_plan(config)
-    corpus, tokenizer = plan[:2]
-    with commit_directory(corpus.artifact, "corpus", Provenance(corpus.provenance, {}, {})) as path:
-        build_corpus(config.data, path)
-    with commit_directory(tokenizer.artifact, "tokenizer", Provenance(tokenizer.provenance, {}, {})) as path:
-        RxtTokenizer.train(corpus_texts(corpus.artifact), config.model.vocab_size).save(path / "tokenizer.json")
-    jobs = {}
-    for step in plan[2:-1]:
-        assert step.stage is not None
-        jobs[step.name] = StageJob(
-            stage=step.stage,
-            model=config.model,
-            training=config.training,
-            seed=config.seed,
-            identity=step.fingerprint,
-            corpus=corpus.artifact,
-            tokenizer=tokenizer.artifact,
-            start=step.start,
-            output=step.artifact,
-            work=step.work,
-            provenance=step.provenance,
-            parents=step.inputs,
-        )
-    return Jobs(config, jobs, folder)
+    prepare(config, plan)
+    return Jobs(config, {step.name: stage_job(config, plan, step) for step in plan[2:-1]}, folder)
 
 
 def driver_command(storage: Path, *overrides: str) -> list[str]:

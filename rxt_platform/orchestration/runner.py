@@ -15,20 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from rxt_platform.config.run import RunConfig
-from rxt_platform.data.corpus import build_corpus, corpus_texts
-from rxt_platform.data.tokenizer import RxtTokenizer
 from rxt_platform.errors import ArtifactError, BusyError
 from rxt_platform.evaluation.recall import mean_recall
 from rxt_platform.evaluation.report import Report, render_table, write_report
-from rxt_platform.model.files import TOKENIZER
 from rxt_platform.model.parameters import count_parameters
 from rxt_platform.orchestration import ray_jobs
 from rxt_platform.orchestration.evaluate import RESULT, evaluate_run
-from rxt_platform.orchestration.plan import ARTIFACT_KIND, Step, build_plan, in_temporary_copy
+from rxt_platform.orchestration.plan import Step, build_plan, in_temporary_copy
 from rxt_platform.orchestration.progress import Console, HistoryFollower
+from rxt_platform.orchestration.steps import prepare, stage_job
 from rxt_platform.orchestration.tracking import Tracker
-from rxt_platform.storage.directory import Manifest, Provenance, commit_directory, verify_directory
-from rxt_platform.training.job import StageJob
+from rxt_platform.storage.directory import Manifest, verify_directory
 
 logger = logging.getLogger(__name__)
 
@@ -83,11 +80,13 @@ def run_pipeline(config: RunConfig, console: Console | None = None) -> Report:
             run.console.line(f"storage  {storage} (the job's working directory is a temporary copy)")
         for step in plan:
             step.artifact.parent.mkdir(parents=True, exist_ok=True)
-        ready = [_prepare(run, step) for step in plan[:2]]
+        made = prepare(config, plan)
         run.tracker.start(config.name, config.model_dump(mode="json"), run.open_runs)
         try:
-            for step, outcome in zip(plan[:2], ready, strict=True):
-                _record(run, step, outcome, None)
+            for step in plan[:2]:
+                manifest = verify_directory(step.artifact)
+                status = "made" if step.name in made else "reused"
+                _record(run, step, Outcome(step, status, manifest.metrics["seconds"], manifest), None)
             for step in plan[2:]:
                 _run_step(run, step, plan)
             report = _report(run, plan, time.monotonic() - started)
@@ -122,26 +121,6 @@ def _only_driver(folder: Path) -> Iterator[None]:
         yield
 
 
-def _prepare(run: _Run, step: Step) -> Outcome:
-    """Corpus and tokenizer: made in this process, so that bad input ends the run before Ray starts."""
-    started = time.monotonic()
-    manifest = step.finished()
-    if manifest is not None:
-        return Outcome(step, "reused", manifest.metrics["seconds"], verify_directory(step.artifact))
-    metrics: dict[str, float] = {}
-    provenance = Provenance(step.provenance, step.inputs, metrics)
-    with commit_directory(step.artifact, ARTIFACT_KIND[step.kind], provenance) as folder:
-        if step.kind == "corpus":
-            metrics |= build_corpus(run.config.data, folder)
-        else:
-            corpus = step.artifact.parent / f"corpus-{step.inputs['corpus'][:12]}"
-            tokenizer = RxtTokenizer.train(corpus_texts(corpus), run.config.model.vocab_size)
-            tokenizer.save(folder / TOKENIZER)
-            metrics["vocab_size"] = tokenizer.vocab_size
-        metrics["seconds"] = time.monotonic() - started
-    return Outcome(step, "made", metrics["seconds"], verify_directory(step.artifact))
-
-
 def _run_step(run: _Run, step: Step, plan: list[Step]) -> None:
     """Reuse a step's artifact or make it on Ray, with its MLflow record."""
     manifest = step.finished()
@@ -163,31 +142,13 @@ def _run_step(run: _Run, step: Step, plan: list[Step]) -> None:
 
 def _train(run: _Run, step: Step, plan: list[Step], child: str | None) -> str:
     """One training step on Ray Train, followed live; 'resumed' when it went on from a checkpoint."""
-    assert step.stage is not None
-    config, resources = run.config, run.config.resources
-    job = StageJob(
-        stage=step.stage,
-        model=config.model,
-        training=config.training,
-        seed=config.seed,
-        identity=step.fingerprint,
-        corpus=plan[0].artifact,
-        tokenizer=plan[1].artifact,
-        start=step.start,
-        output=step.artifact,
-        work=step.work,
-        cpus=resources.cpus_per_worker,
-        use_gpu=resources.use_gpu,
-        provenance=step.provenance,
-        parents=step.inputs,
-    )
 
     def on_rows(rows: list[dict[str, float]]) -> None:
         run.tracker.history(child, rows)
         run.console.progress(step.name, rows[-1])
 
     with HistoryFollower(step.work / "metrics.jsonl", on_rows):
-        metrics = ray_jobs.train(job, resources)
+        metrics = ray_jobs.train(stage_job(run.config, plan, step), run.config.resources)
     return "resumed" if metrics["resumed_from_step"] else "made"
 
 
