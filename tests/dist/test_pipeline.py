@@ -1,6 +1,8 @@
 """The pipeline's promises on real Ray, DeepSpeed and MLflow: reuse, reasons, lineage, one driver."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from rxt_platform.orchestration.commands import plan_rows
 from rxt_platform.orchestration.plan import build_plan
 from rxt_platform.orchestration.runner import _only_driver, run_pipeline
 from rxt_platform.storage.directory import verify_directory
-from tests.support import STAGES, read_report, run_driver, small_run, weights_of
+from tests.support import ROOT, SMALL, STAGES, environment, read_report, run_driver, small_run, weights_of
 
 pytestmark = pytest.mark.dist
 
@@ -110,3 +112,53 @@ def test_tracking_server_that_is_away_costs_records_not_the_run(finished_pipelin
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stderr.count("training goes on") == 1
     assert len(read_report(finished_pipeline)["samples"]) == 2
+
+
+def rxt(*arguments: str, stdin: str = "") -> str:
+    """What a user's `rxt` command prints."""
+    command = [str(Path(sys.executable).parent / "rxt"), *arguments]
+    done = subprocess.run(
+        command, env=environment(), cwd=ROOT, input=stdin, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_eval_measures_any_conversation_file(finished_pipeline: Path, tmp_path: Path) -> None:
+    rows = [
+        {
+            "query": "Tom has a kite.",
+            "answer": "That is nice.",
+            "interactions": [{"query": "What toy does Tom have?", "answer": "Tom has a kite."}],
+        },
+        {"query": "Hello.", "answer": "Hello. How are you?"},
+    ]
+    path = tmp_path / "talks.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = json.loads(rxt("eval", str(finished_pipeline / "quickstart"), "--data", str(path), "--json"))
+    assert list(result) == ["answer_tokens", "memory_reset", "recall"]
+    for part in ("answer_tokens", "memory_reset"):
+        assert set(result[part]) == {"loss", "perplexity", "accuracy", "count"}
+    assert set(result["recall"]["1"]) == {"with_memory", "reset", "gain", "count"}
+    assert result["recall"]["1"]["count"] == 1
+    assert "with memory" in rxt("eval", str(finished_pipeline / "quickstart"), "--data", str(path))
+
+
+def test_chat_shows_when_memory_is_written(finished_pipeline: Path) -> None:
+    out = rxt("chat", str(finished_pipeline / "quickstart"), stdin="Tom has a kite.\n/reset\nHello.\n/quit\n")
+    assert out.count("[memory written, changed by ") == 2
+    assert "memory reset" in out
+
+
+def test_models_lists_exact_counts() -> None:
+    (nano,) = (row for row in json.loads(rxt("models", "--json")) if row["name"] == "alpha-nano")
+    assert nano["components"]["decoder"] == {"parameters": 9_458_508, "active": 3_521_868}
+    assert nano["total"] == 11_734_220
+    assert "9,458,508" in rxt("models")
+
+
+def test_plan_starts_nothing(finished_pipeline: Path) -> None:
+    overrides = [*SMALL, f"storage={finished_pipeline}"]
+    rows = json.loads(rxt("plan", "pipelines/configs/quickstart.yaml", *overrides, "--json"))
+    assert [row["step"] for row in rows] == ["corpus", "tokenizer", *STAGES, "evaluation"]
+    assert "pretraining            cached" in rxt("plan", "pipelines/configs/quickstart.yaml", *overrides)

@@ -1,0 +1,89 @@
+"""The ways in that the README shows beside the quickstart: a job on a Ray cluster, and MLflow's page."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from tests.support import ROOT, SMALL, environment, read_report, weights_of
+
+pytestmark = pytest.mark.dist
+
+BIN = Path(sys.executable).parent
+
+
+def free_port() -> int:
+    """A port below those that Ray gives to its workers."""
+    while True:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = int(probe.getsockname()[1])
+        if port > 20_000:
+            return port
+
+
+@contextmanager
+def service(command: list[str], ready: str, seconds: float = 90) -> Iterator[None]:
+    """A server process in a group of its own, waited for at an URL, and ended with everything that it started."""
+    process = subprocess.Popen(
+        command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    try:
+        deadline = time.monotonic() + seconds
+        while True:
+            with suppress(OSError), urllib.request.urlopen(ready, timeout=5) as answer:
+                assert answer.status == 200
+                break
+            assert process.poll() is None, f"{command[0]} ended with {process.returncode}"
+            assert time.monotonic() < deadline, f"waited {seconds} s for {ready}"
+            time.sleep(0.5)
+        yield
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def test_pipeline_as_a_ray_job(finished_pipeline: Path, tmp_path: Path) -> None:
+    """`ray start --head`, `ray job submit`: succeeds, and the weights are those of a direct run."""
+    dashboard = free_port()
+    head = [
+        *(str(BIN / "ray"), "start", "--head", "--block", "--num-cpus", "2", "--disable-usage-stats"),
+        *("--port", str(free_port()), "--dashboard-port", str(dashboard)),
+    ]
+    with service(head, f"http://127.0.0.1:{dashboard}/api/version"):
+        submit = [
+            *(str(BIN / "ray"), "job", "submit", "--address", f"http://127.0.0.1:{dashboard}"),
+            *("--working-dir", ".", "--", str(BIN / "python"), "pipelines/full_smst.py"),
+            *("--config", "pipelines/configs/quickstart.yaml", *SMALL, f"storage={tmp_path}"),
+        ]
+        done = subprocess.run(
+            submit, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=540, check=False
+        )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    assert re.search(r"Job '.*' succeeded", done.stdout + done.stderr)
+    assert "Recall of facts told in an earlier turn" in done.stdout
+    assert weights_of(read_report(tmp_path)) == weights_of(read_report(finished_pipeline))
+
+
+def test_mlflow_page_opens_on_a_run(finished_pipeline: Path) -> None:
+    port = free_port()
+    command = [
+        *(str(BIN / "mlflow"), "ui", "--backend-store-uri", f"sqlite:///{finished_pipeline / 'mlflow.db'}"),
+        *("--port", str(port)),
+    ]
+    with service(command, f"http://127.0.0.1:{port}/health"):
+        page = urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=10).read().decode()
+    assert "<title>MLflow</title>" in page

@@ -1,0 +1,44 @@
+"""Every command in the README is run by CI or a test: a new one must be entered here, with who runs it."""
+
+import re
+
+import yaml
+
+from tests.support import ROOT
+
+RUN_BY = {
+    "make quickstart": "dist/test_quickstart.py runs its config; .ci/run sets up as it does",
+    ".venv/bin/rxt chat": "dist/test_pipeline.py::test_chat_shows_when_memory_is_written",
+    ".venv/bin/rxt plan": "dist/test_pipeline.py::test_plan_starts_nothing",
+    ".venv/bin/rxt run pipelines/configs/quickstart.yaml": "dist/test_quickstart.py, unit/test_bad_input.py",
+    ".venv/bin/rxt run pipelines/configs/tinystories.yaml": "dist/test_real_data.py",
+    ".venv/bin/rxt eval": "dist/test_pipeline.py::test_eval_measures_any_conversation_file",
+    ".venv/bin/rxt models": "dist/test_pipeline.py::test_models_lists_exact_counts",
+    ".venv/bin/mlflow ui": "dist/test_cluster.py::test_mlflow_page_opens_on_a_run",
+    "ray start": "dist/test_cluster.py::test_pipeline_as_a_ray_job",
+    "ray job submit": "dist/test_cluster.py::test_pipeline_as_a_ray_job",
+    "make test": ".ci/run",
+    "make lint": ".ci/run",
+}
+STARTERS = ("make ", ".venv/bin/", "ray ", "python ", "pip ", "rxt ", "mlflow ")
+
+
+def test_every_command_of_the_readme_is_run_somewhere() -> None:
+    lines = (line.strip() for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("    "))
+    commands = [line for line in lines if line.startswith(STARTERS) and "pipelines/full_smst.py" not in line]
+    assert len(commands) >= 10
+    for command in commands:
+        runner = next((by for start, by in RUN_BY.items() if command.startswith(start)), None)
+        assert runner, f"{command!r}: nothing runs it"
+        for file in re.findall(r"(?:dist|unit)/test_\w+\.py", runner):
+            assert (ROOT / "tests" / file).exists()
+
+
+def test_files_that_the_readme_links_to_exist() -> None:
+    for link in re.findall(r"\]\((?!http)([^)#]+)\)", (ROOT / "README.md").read_text()):
+        assert (ROOT / link).exists(), link
+
+
+def test_shipped_configs_are_plain_yaml() -> None:
+    for path in (ROOT / "pipelines/configs").glob("*.yaml"):
+        assert isinstance(yaml.safe_load(path.read_text()), dict)
