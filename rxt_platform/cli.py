@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from rxt_platform.errors import RxtError
+from rxt_platform.errors import DataError, RxtError
 
 if TYPE_CHECKING:
     from rxt_platform.config.run import RunConfig
@@ -94,11 +95,14 @@ def chat(model: str, temperature: float, top_p: float, seed: int) -> None:
             click.echo("memory reset")
         elif query:
             click.echo("model > ", nl=False)
-            for part in session.say(query):
-                if isinstance(part, MemoryUpdated):
-                    click.echo(f"\n        [memory written, changed by {part.change:.0%}]")
-                else:
-                    click.echo(part, nl=False)
+            try:
+                for part in session.say(query):
+                    if isinstance(part, MemoryUpdated):
+                        click.echo(f"\n        [memory written, changed by {part.change:.0%}]")
+                    else:
+                        click.echo(part, nl=False)
+            except DataError as error:  # the message is too long: the conversation and its memory go on
+                click.echo(f"[not answered: {error}]")
 
 
 @rxt.command()
@@ -144,13 +148,21 @@ def _model(path: str) -> tuple[Any, Any]:
     """A model from its directory, or from the folder of the run that made it."""
     from rxt_platform.errors import ArtifactError
     from rxt_platform.model.files import load_model
+    from rxt_platform.storage.directory import MANIFEST, verify_directory
+    from rxt_platform.training.distributed import use_cpus
 
+    use_cpus(int(os.environ.get("OMP_NUM_THREADS", "1")))
     directory = Path(path)
     report = directory / "report.json"
     if report.is_file():
-        directory = Path(json.loads(report.read_text())["model"])
+        try:
+            directory = Path(json.loads(report.read_text())["model"])
+        except (ValueError, KeyError, TypeError):
+            raise ArtifactError(f"{report}: not a run's report; give the model's directory instead") from None
     if not directory.is_dir():
         raise ArtifactError(f"{directory}: no such model directory")
+    if (directory / MANIFEST).exists():
+        verify_directory(directory, "model")
     return load_model(directory)
 
 
@@ -165,7 +177,7 @@ def guarded(command: Callable[[], Any]) -> int:
         error.show()
         return error.exit_code
     except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted; the same command goes on from the last checkpoint", err=True)
+        click.echo("interrupted; a run goes on from its last checkpoint with the same command", err=True)
         return 130
     return 0
 

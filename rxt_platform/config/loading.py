@@ -52,6 +52,8 @@ def describe(error: ValidationError, model: type[BaseModel]) -> str:
             lines.append(f"unknown key '{_key(model, loc)}'; nearest valid: {', '.join(near)}")
         elif item["type"] == "union_tag_invalid":
             lines.append(f"{_key(model, loc)}: kind {item['ctx']['tag']!r} is none of {item['ctx']['expected_tags']}")
+        elif item["type"] == "union_tag_not_found":
+            lines.append(f"{_key(model, loc)}: missing key 'kind' (is the name a typo?)")
         elif item["type"] == "missing":
             lines.append(f"missing key '{_key(model, loc)}'")
         else:
@@ -189,4 +191,4 @@ def _valid_keys(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]
 
 
 def _key(model: type[BaseModel], loc: tuple[int | str, ...]) -> str:
-    return ".".join(_walk(model, loc)[1])
+    return ".".join(part for part in _walk(model, loc)[1] if part != "[key]")

@@ -11,6 +11,8 @@ from rxt_platform.config.stages import StageConfig
 
 _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_.-]*")
 _SMALLEST_VOCABULARY = 267
+_SHARED_FOLDERS = {"artifacts", "work", "mlartifacts", "mlflow.db"}
+_OTHER_STEPS = {"corpus", "tokenizer", "evaluation"}
 
 
 class StoryWorldSource(Spec):
@@ -117,8 +119,20 @@ class RunConfig(Spec):
         for name in (self.name, *self.stages):
             if not _NAME.fullmatch(name):
                 raise ValueError(f"name {name!r} may only hold letters, digits, '.', '_', '-' (it names a folder)")
-        if self.name == "artifacts":
-            raise ValueError("name 'artifacts' is taken by the folder that all runs share")
+        if self.name in _SHARED_FOLDERS:
+            raise ValueError(f"name {self.name!r} is taken by what all runs of a storage share")
+        if taken := sorted(_OTHER_STEPS & self.stages.keys()):
+            raise ValueError(f"stage name {taken[0]!r} is taken by another step of every run")
+        return self
+
+    @model_validator(mode="after")
+    def _only_the_first_stage_starts_elsewhere(self) -> Self:
+        for name, stage in list(self.stages.items())[1:]:
+            if stage.start_from is not None:
+                raise ValueError(
+                    f"stages.{name}.start_from: only the first stage can start from another model (the run takes over "
+                    "its tokenizer); leave out the stages before"
+                )
         return self
 
     @model_validator(mode="after")

@@ -1,12 +1,13 @@
 """What a training stage is told: one class for each kind, each with its own optimisation settings (REF section 3)."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rxt_platform.config.base import Spec
 
 Share = Annotated[float, Field(ge=0, le=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 Component = Literal["embedding", "encoder", "decoder", "memory_cross_attention", "memory_attention", "heads"]
 
 
@@ -21,12 +22,12 @@ class OptimizerConfig(Spec):
     """AdamW with linear warm-up and cosine decay to zero over the stage."""
 
     learning_rate: float = Field(gt=0)
-    learning_rate_scale: dict[Component, float] = Field(
+    learning_rate_scale: dict[Component, Annotated[float, Field(ge=0)]] = Field(
         default_factory=dict, description="factor on the learning rate of single components; 1 if not given"
     )
     warmup: Share = Field(0.05, description="share of the steps")
     weight_decay: float = Field(0.01, ge=0)
-    betas: tuple[Share, Share] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     gradient_clip: float = Field(1.0, gt=0, description="largest global gradient norm")
 
 
@@ -47,7 +48,7 @@ class JointLossConfig(Spec):
     memory_noise: float = Field(0.0, ge=0, description="standard deviation of the noise on the states read as memory")
     memory_dropout: Share = Field(0.0, description="share of memory positions that the decoder may not read")
     decoder_only: Share = Field(
-        0.0, description="share of rows whose decoder reads an empty memory, so that its self-attention learns too"
+        0.3, description="share of rows whose decoder reads an empty memory, so that its self-attention learns too"
     )
     encoder_weight: float = Field(1.0, ge=0)
     decoder_weight: float = Field(1.0, ge=0)
@@ -110,6 +111,16 @@ class MemoryAwareConfig(StageBase):
     unfreeze_memory_attention: float = Field(0.0, ge=0, description="epochs with the decoder alone (N)")
     unfreeze_encoder: float = Field(0.0, ge=0, description="further epochs until the encoder trains too (K)")
     balance_weight: float = Field(0.01, ge=0, description="weight of the experts' load balance")
+
+    @model_validator(mode="after")
+    def _schedules_end(self) -> Self:
+        """A schedule longer than the stage would leave parts untrained without a word."""
+        lessons = sum(lesson.epochs for lesson in self.curriculum)
+        frozen = self.unfreeze_memory_attention + self.unfreeze_encoder
+        for name, epochs in (("curriculum", lessons), ("unfreeze_memory_attention + unfreeze_encoder", frozen)):
+            if epochs >= self.epochs:
+                raise ValueError(f"{name} takes {epochs:g} epochs, the stage has {self.epochs:g}: it would never end")
+        return self
 
 
 StageConfig = Annotated[

@@ -25,11 +25,16 @@ class Example:
 
     turns: tuple[tuple[int, ...], ...]
     target_starts: tuple[int, ...]
+    truncated: int = 0  # turns whose answer was cut at the window
 
     @classmethod
     def from_interactions(cls, interactions: Sequence[EncodedInteraction]) -> Self:
         """A conversation whose targets are the answers, `[EOS]` included (DESIGN 2)."""
-        return cls(tuple(turn.ids for turn in interactions), tuple(turn.answer_start for turn in interactions))
+        return cls(
+            tuple(turn.ids for turn in interactions),
+            tuple(turn.answer_start for turn in interactions),
+            sum(turn.truncated for turn in interactions),
+        )
 
     def first_turns(self, turns: int | None) -> "Example":
         """The example cut to its first `turns` turns."""
@@ -70,6 +75,11 @@ class Batch:
     total_hidden: int
     total_turns: int
     turn_lengths: tuple[int, ...]
+
+    @property
+    def total_follow_ups(self) -> int:
+        """Turns after the first, over the whole global batch."""
+        return self.total_turns - self.total_rows
 
     def part(self, start: int, stop: int) -> "Batch":
         """Rows start..stop of this batch; the totals stay those of the global batch."""

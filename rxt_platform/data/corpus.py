@@ -17,13 +17,15 @@ from rxt_platform.data.tokenizer import RxtTokenizer
 from rxt_platform.errors import DataError
 
 RowKind = Literal["texts", "interactions", "conversations"]
+ROW_KINDS: tuple[RowKind, ...] = ("texts", "interactions", "conversations")
+SPLITS: tuple[Split, ...] = ("train", "validation")
 
 
 def build_corpus(config: DataConfig, directory: Path) -> dict[str, float]:
     """Read, validate and write all rows of a run. Returns counts."""
     texts, turns, talks = sources.texts(config), sources.interactions(config), sources.conversations(config)
     counts: dict[str, float] = dict(texts.notes)
-    for split in ("train", "validation"):
+    for split in SPLITS:
         rows: dict[RowKind, Iterable[dict[str, Any]]] = {
             "texts": ({"text": text} for text in getattr(texts, split)),
             "interactions": (interaction_to_row(turn) for turn in getattr(turns, split)),
@@ -74,18 +76,11 @@ def encode_conversation(talk: Conversation, tokenizer: RxtTokenizer, max_length:
         try:
             turns.append(tokenizer.encode_interaction(turn.query, turn.answer, max_length))
         except DataError as error:
-            raise DataError(f"{place}, turn {index}: {error}") from None
+            shown = turn.query if len(turn.query) <= 60 else turn.query[:60] + "..."
+            raise DataError(
+                f"{place}, turn {index} ({shown!r}): {error}: shorten the query, or use a model with a longer window"
+            ) from None
     return Example.from_interactions(turns)
-
-
-def length_statistics(examples: list[Example], max_length: int) -> dict[str, float]:
-    """Rows, tokens and turns cut at the window."""
-    lengths = [len(turn) for example in examples for turn in example.turns]
-    return {
-        "rows": len(examples),
-        "tokens": sum(lengths),
-        "full_windows": sum(length == max_length for length in lengths),
-    }
 
 
 def _write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> int:

@@ -23,7 +23,7 @@ from rxt_platform.model.generation import SamplingOptions, answer_batch
 from rxt_platform.model.loss import target_loss
 from rxt_platform.model.transformer import ReactiveTransformer
 
-_SPARE_TOKENS = 16  # an answer may be this much longer than the reference before it is cut
+_SPARE_TOKENS = 8  # an answer may be this much longer than its reference before it is cut
 
 AnswerTokens = dict[str, float]
 
@@ -49,14 +49,15 @@ def evaluate_conversations(
     model.eval()
     with_memory, reset = _Sums(), _Sums()
     annotated = any(item.recall for talk in talks for item in talk.interactions)
+    window = model.config.max_length
+    encoded = [
+        encode_conversation(talk, tokenizer, window, f"conversation {number}")
+        for number, talk in enumerate(talks, start=1)
+    ]
     asked: dict[int, list[tuple[bool, bool]]] = defaultdict(list)
     for start in range(0, len(talks), batch_size):
         group = talks[start : start + batch_size]
-        window = model.config.max_length
-        examples = [
-            encode_conversation(talk, tokenizer, window, f"conversation {start + i + 1}")
-            for i, talk in enumerate(group)
-        ]
+        examples = encoded[start : start + batch_size]
         seeds = [derive_seed(seed, "evaluation", start + i) for i in range(len(group))]
         batch = collate(examples, seeds, range(len(group))).to(model.embedding.weight.device)
         initial = memory = model.initial_memory(batch.seeds)
@@ -125,10 +126,13 @@ def _ask(
         return []
     rows = torch.tensor([row for row, _ in questions], device=memory.device)
     prompts = [tokenizer.encode_query(item.query) for _, item in questions]
-    limit = max(len(tokenizer.encode(item.answer)) for _, item in questions) + _SPARE_TOKENS
-    options = SamplingOptions(max_new_tokens=limit)
+    limits = [len(tokenizer.encode(item.answer)) + _SPARE_TOKENS for _, item in questions]
+    options = SamplingOptions(max_new_tokens=max(limits))
     answers = [
-        [tokenizer.decode(ids) for ids in answer_batch(model, prompts, source[:, rows], options)]
+        [
+            tokenizer.decode(ids[:limit])
+            for ids, limit in zip(answer_batch(model, prompts, source[:, rows], options), limits, strict=True)
+        ]
         for source in (memory, initial)
     ]
     outcomes = []

@@ -27,7 +27,18 @@ from rxt_platform.evaluation.report_page import (
     stage_table,
 )
 
-__all__ = ["Report", "draw_losses", "draw_recall", "render_evaluation", "render_html", "render_table", "write_report"]
+__all__ = [
+    "REPORT_FILES",
+    "Report",
+    "draw_losses",
+    "draw_recall",
+    "render_evaluation",
+    "render_html",
+    "render_table",
+    "write_report",
+]
+
+REPORT_FILES = ("report.json", "report.html", "recall.png", "losses.png")
 
 Report = dict[str, Any]
 """Names and shapes; seconds are wall-clock, losses nats per token (negative cosine for memory pre-training).

@@ -46,7 +46,7 @@ class Step:
     inputs: dict[str, str]  # name of the input -> its fingerprint or content hash
     storage: Path
     stage: StageConfig | None = None
-    start: Path | None = None  # the model directory that a training step starts from
+    start: Path | None = None  # the model directory that a step starts from, or takes the tokenizer of
     fingerprint: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -87,12 +87,13 @@ def build_plan(config: RunConfig) -> list[Step]:
     """All steps of a run, in order. Raises an RxtError when an input file or a starting model is not usable."""
     storage = storage_root(config)
     corpus = Step("corpus", "corpus", source_identity(config.data), {}, storage)
-    vocab = {"vocab_size": config.model.vocab_size}
-    tokenizer = Step("tokenizer", "tokenizer", vocab, {"corpus": corpus.fingerprint}, storage)
+    start = _starting_model(config)
+    tokenizer = _tokenizer_step(config, corpus, start)
     steps = [corpus, tokenizer]
     for name, stage in config.stages.items():
         before = steps[-1] if steps[-1].kind == "training" else None
-        steps.append(_training_step(config, name, stage, corpus, tokenizer, before))
+        origin = (before.artifact, before.fingerprint) if before else start and (start[0], start[1].content_sha256)
+        steps.append(_training_step(config, name, stage, corpus, tokenizer, origin))
     inputs = {"corpus": corpus.fingerprint, "model": steps[-1].fingerprint}
     inputs |= {f"stages.{step.name}": step.fingerprint for step in steps[2:-1]}
     spec = {**config.evaluation.model_dump(mode="json"), "seed": config.seed}
@@ -133,28 +134,46 @@ def explain(step: Step) -> str:
     return "; ".join(changes) or "the code of the rooms it uses changed"
 
 
+def _tokenizer_step(config: RunConfig, corpus: Step, start: tuple[Path, Manifest] | None) -> Step:
+    """Trained on the corpus, or taken over from the model that the run starts from: ids must mean the same tokens."""
+    if start is None:
+        spec: dict[str, Any] = {"vocab_size": config.model.vocab_size}
+        return Step("tokenizer", "tokenizer", spec, {"corpus": corpus.fingerprint}, corpus.storage)
+    path, manifest = start
+    spec = {"sha256": manifest.files["tokenizer.json"].sha256}
+    inputs = {"corpus": corpus.fingerprint, "model": manifest.content_sha256}
+    return Step("tokenizer", "tokenizer", spec, inputs, corpus.storage, start=path)
+
+
 def _training_step(
-    config: RunConfig, name: str, stage: StageConfig, corpus: Step, tokenizer: Step, before: Step | None
+    config: RunConfig,
+    name: str,
+    stage: StageConfig,
+    corpus: Step,
+    tokenizer: Step,
+    origin: tuple[Path, str] | None,
 ) -> Step:
+    """A stage on top of the model at `origin` (its directory, and what identifies it), or of random weights."""
     inputs = {"corpus": corpus.fingerprint, "tokenizer": tokenizer.fingerprint}
-    start = before.artifact if before else None
-    if stage.start_from is not None:
-        start = Path(stage.start_from.artifact).resolve()
-        inputs["model"] = _check_start(name, start, stage.start_from.sha256, config)
-    elif before is not None:
-        inputs["model"] = before.fingerprint
+    if origin is not None:
+        inputs["model"] = origin[1]
     spec = {
+        "name": name,
         "stage": {key: value for key, value in stage.model_dump(mode="json").items() if key not in _NOT_IDENTITY},
         "model": config.model.model_dump(mode="json"),
         "precision": config.training.precision,
         "seed": config.seed,
     }
-    return Step(name, "training", spec, inputs, corpus.storage, stage, start)
+    return Step(name, "training", spec, inputs, corpus.storage, stage, origin and origin[0])
 
 
-def _check_start(name: str, path: Path, sha256: str | None, config: RunConfig) -> str:
-    """The content hash of a model that a stage is asked to start from, after every file of it was checked."""
-    key = f"stages.{name}.start_from"
+def _starting_model(config: RunConfig) -> tuple[Path, Manifest] | None:
+    """The model that the first stage is asked to start from, after every file of it was checked."""
+    name, stage = next(iter(config.stages.items()))
+    if stage.start_from is None:
+        return None
+    key, sha256 = f"stages.{name}.start_from", stage.start_from.sha256
+    path = Path(stage.start_from.artifact).resolve()
     try:
         manifest = verify_directory(path, "model")
     except ArtifactError as error:
@@ -165,7 +184,7 @@ def _check_start(name: str, path: Path, sha256: str | None, config: RunConfig) -
     changes = _differences(made_of, config.model.model_dump(mode="json"))
     if changes:
         raise ConfigError(f"{key}: {path} is another model: {'; '.join(changes)}")
-    return manifest.content_sha256
+    return path, manifest
 
 
 def _differences(old: Any, new: Any, path: str = "") -> list[str]:

@@ -1,6 +1,7 @@
 """What a person sees while a step runs: a live line in a terminal, a plain line now and then in a log."""
 
 import json
+import logging
 import sys
 import threading
 import time
@@ -8,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Self, TextIO
+
+logger = logging.getLogger(__name__)
 
 _PLAIN_SECONDS = 15.0
 
@@ -70,11 +73,15 @@ class HistoryFollower:
     ) -> None:
         self._stop.set()
         self._thread.join()
-        self._pass_on()
+        if kind is None:
+            self._pass_on()
 
     def _follow(self) -> None:
         while not self._stop.wait(self._interval):
-            self._pass_on()
+            try:
+                self._pass_on()
+            except Exception:  # showing progress must not end, or hide the end of, what it shows
+                logger.exception("progress of %s could not be passed on", self._path)
 
     def _pass_on(self) -> None:
         """Hand over complete lines that are newer than the last; a resumed job writes its steps again."""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from rxt_platform.config.run import ResourcesConfig
-from rxt_platform.errors import RxtError, TrainingError
+from rxt_platform.errors import ConfigError, RxtError, TrainingError
 from rxt_platform.training.engine import Metrics
 from rxt_platform.training.job import StageJob, run_stage
 
@@ -39,10 +39,29 @@ def connect(resources: ResourcesConfig) -> bool:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
     if os.environ.get("RAY_ADDRESS"):
         ray.init(**quiet)
+        _check_resources(resources)
         return True
     cpus = max(os.cpu_count() or 1, resources.workers * resources.cpus_per_worker)
     ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
+    _check_resources(resources)
     return True
+
+
+def _check_resources(resources: ResourcesConfig) -> None:
+    """Ray would wait for ever for resources that the cluster does not have."""
+    import ray
+
+    needed = {"CPU": resources.workers * resources.cpus_per_worker}
+    if resources.use_gpu:
+        needed["GPU"] = resources.workers
+    here = ray.cluster_resources()
+    for name, count in needed.items():
+        if here.get(name, 0) < count:
+            ray.shutdown()
+            raise ConfigError(
+                f"resources: {resources.workers} workers need {count} {name}, the cluster has {here.get(name, 0):g}: "
+                "lower resources.workers, or add nodes"
+            )
 
 
 def disconnect() -> None:
@@ -75,7 +94,9 @@ def train(job: StageJob, resources: ResourcesConfig) -> Metrics:
             # A name that is used again would make Ray resume by itself; our own checkpoints do that.
             name=f"{job.output.name}-{uuid.uuid4().hex[:8]}",
             storage_path=str(job.work / "ray"),
-            failure_config=ray.train.FailureConfig(max_failures=resources.max_failures),
+            failure_config=ray.train.FailureConfig(
+                max_failures=resources.max_failures, controller_failure_limit=resources.max_failures
+            ),
             worker_runtime_env={"env_vars": _worker_environment(job)},
         ),
     )
@@ -121,7 +142,7 @@ def _train_worker(config: dict[str, Any]) -> dict[str, Any]:
 
     try:
         return {"metrics": run_stage(StageJob.model_validate_json(config["job"]), report)}
-    except RxtError as error:  # the same on every rank, and a retry would meet it again
+    except RxtError as error:  # raised on every rank alike, and a retry would meet it again
         logger.exception("the stage stopped")
         return {"error": str(error)}
 

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import platform
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from typing import Any
 from rxt_platform.config.run import RunConfig
 from rxt_platform.errors import ArtifactError, BusyError
 from rxt_platform.evaluation.recall import mean_recall
-from rxt_platform.evaluation.report import Report, render_table, write_report
+from rxt_platform.evaluation.report import REPORT_FILES, Report, render_table, write_report
 from rxt_platform.model.parameters import count_parameters
 from rxt_platform.orchestration import ray_jobs
 from rxt_platform.orchestration.evaluate import RESULT, evaluate_run
@@ -74,7 +75,7 @@ def run_pipeline(config: RunConfig, console: Console | None = None) -> Report:
         raise ArtifactError(
             f"{folder}: cannot be made: {error}: set 'storage' to a folder that can be written"
         ) from None
-    with _only_driver(folder):
+    with only_holder(storage / "work" / f"run.{config.name}.lock"):
         run = _Run(config, folder, console or Console(), Tracker(config.tracking, storage))
         if in_temporary_copy():
             run.console.line(f"storage  {storage} (the job's working directory is a temporary copy)")
@@ -91,12 +92,13 @@ def run_pipeline(config: RunConfig, console: Console | None = None) -> Report:
                 _run_step(run, step, plan)
             report = _report(run, plan, time.monotonic() - started)
         except BaseException as error:
-            run.tracker.finish("FAILED" if isinstance(error, Exception) else "KILLED", None, {}, run.open_runs)
+            run.tracker.finish("FAILED" if isinstance(error, Exception) else "KILLED", [], {}, run.open_runs)
             raise
         finally:
             if run.connected:
                 ray_jobs.disconnect()
-        run.tracker.finish("FINISHED", folder, _headline(report), run.open_runs)
+        files = [folder / name for name in REPORT_FILES]
+        run.tracker.finish("FINISHED", files, _headline(report), run.open_runs)
         run.console.line(render_table(report))
         run.console.line(f"report   {folder / 'report.html'}")
         run.console.line(f"MLflow   mlflow ui --backend-store-uri {run.tracker.uri}")
@@ -104,16 +106,16 @@ def run_pipeline(config: RunConfig, console: Console | None = None) -> Report:
 
 
 @contextmanager
-def _only_driver(folder: Path) -> Iterator[None]:
-    """Two drivers on one run would write the same checkpoints; the lock goes with the process that holds it."""
-    path = folder / "driver.lock"
+def only_holder(path: Path) -> Iterator[None]:
+    """A lock file that goes with the process that holds it. Raises BusyError that names the holder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.seek(0)
             raise BusyError(
-                f"{folder}: in use by {lock.read().strip() or 'another driver'}; wait for it or stop it"
+                f"{path.with_suffix('')}: in use by {lock.read().strip() or 'another driver'}; wait for it or stop it"
             ) from None
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {platform.node()}")
@@ -123,21 +125,32 @@ def _only_driver(folder: Path) -> Iterator[None]:
 
 def _run_step(run: _Run, step: Step, plan: list[Step]) -> None:
     """Reuse a step's artifact or make it on Ray, with its MLflow record."""
-    manifest = step.finished()
-    if manifest is not None:
-        _record(run, step, Outcome(step, "reused", manifest.metrics["seconds"], verify_directory(step.artifact)), None)
-        return
+    if step.finished() is None:
+        # Runs of other names share steps: only one makes it, and whoever comes later finds it finished or is told.
+        with only_holder(step.work.with_name(step.work.name + ".lock")):
+            if step.finished() is None:
+                _make_step(run, step, plan)
+                return
+    manifest = verify_directory(step.artifact)
+    _record(run, step, Outcome(step, "reused", manifest.metrics["seconds"], manifest), None)
+
+
+def _make_step(run: _Run, step: Step, plan: list[Step]) -> None:
     if run.connected is None:
         run.connected = ray_jobs.connect(run.config.resources)
+    for leftover in step.artifact.parent.glob(f".{step.artifact.name}.*"):  # of a killed commit
+        shutil.rmtree(leftover)
     child = run.tracker.step(step.name, _tags(step, "made"), step.spec, run.open_runs)
     started = time.monotonic()
-    if step.kind == "training":
-        status = _train(run, step, plan, child)
-    else:
-        ray_jobs.call(evaluate_run, run.config, plan, step, cpus=run.config.resources.cpus_per_worker)
-        status = "made"
+    status = _train(run, step, plan, child) if step.kind == "training" else _evaluate(run, step, plan)
     seconds = time.monotonic() - started
     _record(run, step, Outcome(step, status, seconds, verify_directory(step.artifact)), child)
+    shutil.rmtree(step.work, ignore_errors=True)  # its resume states are of no more use
+
+
+def _evaluate(run: _Run, step: Step, plan: list[Step]) -> str:
+    ray_jobs.call(evaluate_run, run.config, plan, step, cpus=run.config.resources.cpus_per_worker)
+    return "made"
 
 
 def _train(run: _Run, step: Step, plan: list[Step], child: str | None) -> str:
@@ -160,7 +173,7 @@ def _record(run: _Run, step: Step, outcome: Outcome, child: str | None) -> None:
     run.console.line(f"{outcome.status + at:<18} {step.name:<20} {outcome.seconds:6.1f} s  {step.artifact}")
     if child is None:
         child = run.tracker.step(step.name, _tags(step, outcome.status), step.spec, run.open_runs)
-    run.tracker.finish_step(child, outcome.manifest, step.artifact)
+    run.tracker.finish_step(child, outcome.manifest, step.artifact, upload=outcome.status != "reused")
 
 
 def _tags(step: Step, status: str) -> dict[str, str]:

@@ -40,6 +40,7 @@ class Tracker:
         self.problems = 0
         self.parent: str | None = None
         self._children: list[str] = []
+        self._unsent: list[dict[str, float]] = []
         self._config = config
         self._storage = storage
         self._client: MlflowClient | None = None
@@ -68,6 +69,7 @@ class Tracker:
         with self._tolerant(f"start the record of {name}"):
             if self._client is None or self.parent is None:
                 return None
+            self._unsent.clear()
             all_tags = {MLFLOW_RUN_NAME: name, MLFLOW_PARENT_RUN_ID: self.parent, **tags}
             child = str(self._client.create_run(self._experiment, tags=all_tags).info.run_id)
             self._children.append(child)
@@ -76,21 +78,24 @@ class Tracker:
         return child
 
     def history(self, run: str | None, rows: list[dict[str, float]]) -> None:
-        """Log metrics over time, in batches."""
+        """Log metrics over time, in batches; rows that could not be sent go first the next time."""
+        if self._client is None or run is None:
+            return
+        self._unsent.extend(rows)
         with self._tolerant("log metrics"):
-            if self._client is None or run is None:
-                return
             metrics = [
                 Metric(name, value, int(row["time"] * 1000), int(row["step"]))
-                for row in rows
+                for row in self._unsent
                 for name, value in row.items()
                 if name not in ("step", "steps", "time")
             ]
             for start in range(0, len(metrics), _BATCH):
                 self._client.log_batch(run, metrics=metrics[start : start + _BATCH])
+            self._unsent.clear()
 
-    def finish_step(self, run: str | None, manifest: Manifest, artifact: Path) -> None:
-        """Log a step's final metrics, its inputs and its artifact (by its path, when it is large), and close it."""
+    def finish_step(self, run: str | None, manifest: Manifest, artifact: Path, upload: bool) -> None:
+        """Log a step's final metrics, its inputs and its artifact (a large or reused one by its path), and close it."""
+        self.history(run, [])
         with self._tolerant("record an artifact"):
             if self._client is None or run is None:
                 return
@@ -106,19 +111,19 @@ class Tracker:
                     for name, value in manifest.parents.items()
                 ],
             )
-            if sum(entry.size for entry in manifest.files.values()) <= _LARGEST_UPLOAD:
+            if upload and sum(entry.size for entry in manifest.files.values()) <= _LARGEST_UPLOAD:
                 self._client.log_artifacts(run, str(artifact), "artifact")
             else:
                 self._client.log_artifact(run, str(artifact / "manifest.json"), "artifact")
             self._client.set_terminated(run, "FINISHED")
 
-    def finish(self, status: str, report: Path | None, metrics: Mapping[str, float], state: Path) -> None:
+    def finish(self, status: str, report: list[Path], metrics: Mapping[str, float], state: Path) -> None:
         """Close the parent run, and every child that is still open, with FINISHED, FAILED or KILLED."""
         with self._tolerant("close the run"):
             if self._client is None or self.parent is None:
                 return
-            if report is not None:
-                self._client.log_artifacts(self.parent, str(report), "report")
+            for path in report:
+                self._client.log_artifact(self.parent, str(path), "report")
             for name, value in metrics.items():
                 if value == value:
                     self._client.log_metric(self.parent, name, value)
@@ -132,12 +137,19 @@ class Tracker:
             self._client.log_batch(run, params=entries[start : start + 100], tags=[RunTag("rxt.tracked", "true")])
 
     def _remember(self, state: Path) -> None:
-        state.write_text(json.dumps({"runs": [*self._children, self.parent]}))
+        temporary = state.with_suffix(".tmp")
+        temporary.write_text(json.dumps({"uri": self.uri, "runs": [*self._children, self.parent]}))
+        temporary.replace(state)
 
     def _close_abandoned(self, state: Path) -> None:
         """A killed driver leaves its runs open: they are closed as KILLED by the next one."""
-        if state.exists():
-            self._terminate(json.loads(state.read_text())["runs"], "KILLED")
+        if not state.exists():
+            return
+        with self._tolerant("close the runs of a killed driver"):
+            left = json.loads(state.read_text())
+            if left["uri"] == self.uri:
+                self._terminate(left["runs"], "KILLED")
+        state.unlink()
 
     def _terminate(self, runs: list[str], status: str) -> None:
         assert self._client is not None

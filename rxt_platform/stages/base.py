@@ -41,6 +41,11 @@ class Stage(Protocol):
         ...
 
     @property
+    def mean_over(self) -> Mapping[str, str]:
+        """For each metric, the field of `Batch` that counts what it is a mean of."""
+        ...
+
+    @property
     def sampler(self) -> BatchSampler:
         """Its training rows, batch by batch."""
         ...

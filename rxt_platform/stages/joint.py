@@ -4,6 +4,9 @@ The encoder guesses masked tokens; the decoder predicts the clean text while it 
 as its memory. In stage 1 every token of a text is a target, in stage 2 only the answers, `[EOS]` included.
 """
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,6 +21,13 @@ from rxt_platform.stages.base import LossReport, Phase, row_noise, row_uniform, 
 
 class JointStage:
     """Joint language-model pre-training (texts) and joint interaction SFT (single interactions)."""
+
+    mean_over: ClassVar[Mapping[str, str]] = {
+        "loss": "total_targets",
+        "masked_loss": "total_hidden",
+        "accuracy": "total_targets",
+        "balance": "total_rows",
+    }
 
     def __init__(self, config: JointPretrainingConfig | InteractionSFTConfig, sampler: BatchSampler) -> None:
         self.config = config

@@ -5,7 +5,9 @@ the next turn decoded over the memory so far. The encoder does not depend on the
 once, and so are all decodings; only the writes follow one another. The gradient crosses `bptt_window` writes.
 """
 
+from collections.abc import Mapping
 from contextlib import nullcontext
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -22,6 +24,13 @@ _DECODER: frozenset[Component] = frozenset({"decoder", "memory_cross_attention",
 
 class MemoryAwareStage:
     """Trains decoder, then memory attention, then encoder and embedding too."""
+
+    mean_over: ClassVar[Mapping[str, str]] = {
+        "loss": "total_targets",
+        "accuracy": "total_targets",
+        "balance": "total_turns",
+        "memory_change": "total_follow_ups",
+    }
 
     def __init__(self, config: MemoryAwareConfig, sampler: BatchSampler) -> None:
         self.config = config
@@ -54,7 +63,7 @@ class MemoryAwareStage:
         change = batch.seeds.new_zeros((), dtype=torch.float32)
         for turn in range(1, len(memories)):
             moved = relative_change(memories[turn - 1].detach(), memories[turn].detach())
-            change = change + (moved * batch.turns[:, turn]).sum() / max(batch.total_turns - batch.total_rows, 1)
+            change = change + (moved * batch.turns[:, turn]).sum() / max(batch.total_follow_ups, 1)
         summed = balance = torch.zeros((), device=batch.ids.device)
         correct = torch.zeros((), device=batch.ids.device, dtype=torch.int64)
         for turns, length in turn_groups(batch):

@@ -6,6 +6,9 @@ write is its own exercise. Slots need not be as many as tokens: a slot's share o
 segment of the real tokens, so that padding is never part of a target.
 """
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,6 +21,8 @@ from rxt_platform.stages.base import LossReport, Phase, row_noise, row_uniform, 
 
 class MemoryPretrainingStage:
     """Trains the memory attention alone, one optimizer step per batch of conversations."""
+
+    mean_over: ClassVar[Mapping[str, str]] = {"loss": "total_turns", "memory_change": "total_turns"}
 
     def __init__(self, config: MemoryPretrainingConfig, sampler: BatchSampler) -> None:
         self.config = config

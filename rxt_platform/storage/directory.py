@@ -138,7 +138,10 @@ def verify_directory(directory: Path, kind: str | None = None) -> Manifest:
             raise ArtifactError(f"{path}: {path.stat().st_size} bytes, the manifest says {entry.size}")
         actual = file_hash(path)
         if actual != entry.sha256:
-            raise ArtifactError(f"{path}: sha256 {actual}, the manifest says {entry.sha256}: the file was altered")
+            raise ArtifactError(
+                f"{path}: sha256 {actual}, the manifest says {entry.sha256}: "
+                "the file was altered; delete the directory to make it again"
+            )
     whole = content_hash({name: entry.sha256 for name, entry in manifest.files.items()})
     if whole != manifest.content_sha256:
         raise ArtifactError(

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from rxt_platform.errors import ArtifactError, ResumeError
 from rxt_platform.storage.directory import seal_directory, verify_directory
-from rxt_platform.training.distributed import from_rank_zero
+from rxt_platform.training.distributed import on_rank_zero
 
 logger = logging.getLogger(__name__)
 
@@ -45,11 +45,17 @@ def save(engine: Any, directory: Path, state: ResumeState, keep: int) -> None:
     dist.barrier()
     engine.save_checkpoint(str(temporary / "deepspeed"), tag="state", save_latest=False)
     dist.barrier()
-    if dist.get_rank() == 0:
-        (temporary / "state.json").write_text(json.dumps(vars(state)))
-        seal_directory(temporary, target, KIND)
-        for old in _checkpoints(directory)[:-keep]:
-            shutil.rmtree(old)
+
+    def seal() -> None:
+        try:
+            (temporary / "state.json").write_text(json.dumps(vars(state)))
+            seal_directory(temporary, target, KIND)
+            for old in _checkpoints(directory)[:-keep]:
+                shutil.rmtree(old)
+        except OSError as error:
+            raise ArtifactError(f"{target}: cannot be written: {error}") from error
+
+    on_rank_zero(seal)
 
 
 def load(engine: Any, directory: Path, identity: str, zero_stage: int) -> ResumeState | None:
@@ -57,9 +63,7 @@ def load(engine: Any, directory: Path, identity: str, zero_stage: int) -> Resume
 
     Raises ResumeError when there are only damaged ones, or when it was made by another run or worker count.
     """
-    found, problem = from_rank_zero(_find(directory) if dist.get_rank() == 0 else None)
-    if problem:
-        raise ResumeError(problem)
+    found = on_rank_zero(lambda: _find(directory))
     if found is None:
         return None
     state = ResumeState(**json.loads((found / "state.json").read_text()))
@@ -70,8 +74,8 @@ def load(engine: Any, directory: Path, identity: str, zero_stage: int) -> Resume
     return state
 
 
-def _find(directory: Path) -> tuple[Path | None, str | None]:
-    """The newest checkpoint that verifies, or why there is none although some were written."""
+def _find(directory: Path) -> Path | None:
+    """The newest checkpoint that verifies; raises ResumeError when some were written and none does."""
     bad = []
     for path in reversed(_checkpoints(directory)):
         try:
@@ -80,10 +84,10 @@ def _find(directory: Path) -> tuple[Path | None, str | None]:
             logger.warning("skipping a damaged checkpoint: %s", error)
             bad.append(str(error))
             continue
-        return path, None
+        return path
     if bad:
-        return None, f"no usable checkpoint: {'; '.join(bad)}. Delete {directory} to start this stage again"
-    return None, None
+        raise ResumeError(f"no usable checkpoint: {'; '.join(bad)}. Delete {directory} to start this stage again")
+    return None
 
 
 def _check_same_run(path: Path, state: ResumeState, identity: str, zero_stage: int) -> None:

@@ -2,10 +2,15 @@
 
 import os
 import socket
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+from rxt_platform.errors import RxtError
+
+Result = TypeVar("Result")
 
 
 def use_cpus(count: int) -> None:
@@ -41,8 +46,16 @@ def stop_process_group() -> None:
         dist.destroy_process_group()
 
 
-def from_rank_zero(value: Any) -> Any:
-    """Rank 0's value on every rank."""
-    box = [value]
+def on_rank_zero(function: Callable[[], Result]) -> Result:
+    """Rank 0's result of a function on every rank; an RxtError of it is raised on every rank."""
+    box: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            box[0] = function()
+        except RxtError as error:
+            box[1] = error
     dist.broadcast_object_list(box, src=0)
-    return box[0]
+    if box[1] is not None:
+        raise box[1]
+    result: Result = box[0]
+    return result

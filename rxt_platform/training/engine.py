@@ -88,6 +88,12 @@ class Engine:
         self.micro = stage.config.micro_batch_size or self.rows
         self.accumulation = self.rows // self.micro
         self.optimizer = build_optimizer(model, stage.config.optimizer, self.phases)
+        # What no phase trains comes out as it went in, also where DeepSpeed holds it in bf16.
+        self.untrained = {
+            name: parameter.detach().clone().cpu()
+            for name, parameter in model.named_parameters()
+            if not parameter.requires_grad
+        }
         self.engine = self._deepspeed(StageProgram(stage, model))
 
     def _deepspeed(self, program: StageProgram) -> Any:
@@ -141,6 +147,7 @@ class Engine:
         set_learning_rates(self.optimizer, self.stage.config.optimizer, rate, phase)
         batch = self.stage.sampler.global_batch(step)
         totals: Metrics = {}
+        norm = math.nan
         for part in range(self.accumulation):
             start = self.rank * self.rows + part * self.micro
             report = self.engine(batch.part(start, start + self.micro).to(self.settings.device), phase)
@@ -152,13 +159,24 @@ class Engine:
                     f"step {step + 1}: the loss is {totals['objective']}; rows of the batch: {batch.rows.tolist()}. "
                     "Nothing was updated; lower the learning rate or look at these rows"
                 )
-            self.engine.step()
-        norm = float(self.engine.get_global_grad_norm() or 0.0)
-        if not math.isfinite(norm):
-            raise TrainingError(
-                f"step {step + 1}: the gradient norm is {norm}; resume goes back to the last checkpoint"
-            )
+            norm = self._update(step)
         return {**totals, "gradient_norm": norm, "learning_rate": rate, "tokens": batch.tokens}
+
+    def _update(self, step: int) -> float:
+        """Let DeepSpeed step; at the end of an accumulation that updates the weights. Returns the gradient norm.
+
+        A norm that is not finite raises TrainingError; DeepSpeed's ZeRO stages have then skipped the update.
+        """
+        norm: float | None = None
+        if self.settings.training.zero_stage == 0 and self.engine.is_gradient_accumulation_boundary():
+            grads = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+            norm = float(torch.nn.utils.get_total_norm(grads))
+            _check_norm(step, norm)
+        self.engine.step()
+        if norm is None and self.engine.get_global_grad_norm() is not None:
+            norm = float(self.engine.get_global_grad_norm())
+            _check_norm(step, norm)
+        return math.nan if norm is None else norm
 
     def _over_ranks(self, report: LossReport) -> Metrics:
         names = ["objective", *report.metrics]
@@ -168,18 +186,20 @@ class Engine:
 
     @torch.no_grad()
     def evaluate(self, validation: list[Batch]) -> Metrics:
-        """Metrics on held-out batches, weighted by their targets; every rank computes them all."""
+        """Metrics over all held-out rows, each weighted by what it is a mean of; every rank computes them all."""
         self.engine.eval()
-        totals: Metrics = {}
+        sums: Metrics = {}
+        weights: Metrics = {}
         for batch in validation:
             report = self.engine(batch.to(self.settings.device), self.phases[-1], held_out=True)
-            _add(totals, {name: float(value) * batch.total_targets for name, value in report.metrics.items()})
+            counts = {name: float(getattr(batch, self.stage.mean_over[name])) for name in report.metrics}
+            _add(sums, {name: float(value) * counts[name] for name, value in report.metrics.items()})
+            _add(weights, counts)
         self.engine.train()
-        weight = sum(batch.total_targets for batch in validation)
-        return {name: value / weight for name, value in totals.items()}
+        return {name: value / max(weights[name], 1.0) for name, value in sums.items()}
 
     def full_state(self) -> dict[str, Tensor]:
-        """All weights, gathered from the ranks' partitions; fp32 masters where training was in bf16."""
+        """All weights, gathered from the ranks' partitions: fp32 masters, and what was never trained as it was."""
         from deepspeed.utils import safe_get_full_fp32_param
 
         training = self.settings.training
@@ -190,8 +210,11 @@ class Engine:
 
         state = {}
         for name, parameter in model.named_parameters():
+            if name in self.untrained:
+                state[name] = self.untrained[name]
+                continue
             with deepspeed.zero.GatheredParameters(parameter, enabled=training.zero_stage == 3):
-                full = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
+                full = safe_get_full_fp32_param(parameter)
                 state[name] = (parameter if full is None else full).detach().float().cpu().clone()
         return state
 
@@ -212,6 +235,11 @@ class _Window:
         seconds = time.monotonic() - self.started
         means = {name: value / self.steps for name, value in self.sums.items() if name != "tokens"}
         return {**means, "tokens_per_second": self.sums["tokens"] / seconds, "step_seconds": seconds / self.steps}
+
+
+def _check_norm(step: int, norm: float) -> None:
+    if not math.isfinite(norm):
+        raise TrainingError(f"step {step + 1}: the gradient norm is {norm}; the weights were not updated")
 
 
 def _add(totals: Metrics, values: Metrics) -> None:

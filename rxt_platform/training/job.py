@@ -27,7 +27,7 @@ from rxt_platform.model.files import TOKENIZER, load_weights, save_model
 from rxt_platform.model.transformer import ReactiveTransformer
 from rxt_platform.stages.build import build_stage, mask_probability, row_kind
 from rxt_platform.storage.directory import Provenance, commit_directory, verify_directory
-from rxt_platform.training.distributed import start_process_group, stop_process_group, use_cpus
+from rxt_platform.training.distributed import on_rank_zero, start_process_group, stop_process_group, use_cpus
 from rxt_platform.training.engine import Engine, EngineSettings, Hooks, Metrics, TrainResult
 
 logger = logging.getLogger(__name__)
@@ -40,6 +40,7 @@ _VALIDATION_BATCH = 32
 class StageJob(Spec):
     """Everything that a worker needs to train one stage."""
 
+    name: str = Field(description="of the stage; part of the seed of its data order")
     stage: StageConfig
     model: ModelConfig
     training: TrainingConfig
@@ -63,7 +64,7 @@ def run_stage(job: StageJob, on_metrics: Callable[[int, Metrics], None] = lambda
     try:
         tokenizer = RxtTokenizer.load(job.tokenizer / TOKENIZER)
         model = _starting_model(job).to(device)
-        seed = derive_seed(job.seed, job.stage.kind)
+        seed = derive_seed(job.seed, job.name)
         kind, window = row_kind(job.stage), job.model.max_length
         stage = build_stage(job.stage, load_examples(job.corpus, kind, "train", tokenizer, window), seed)
         held_out = load_examples(job.corpus, kind, "validation", tokenizer, window)
@@ -73,11 +74,13 @@ def run_stage(job: StageJob, on_metrics: Callable[[int, Metrics], None] = lambda
         engine = Engine(model, stage, settings)
         result = engine.run(validation_batches(held_out, mask_probability(job.stage)), hooks)
         metrics = _summary(result)
-        if dist.get_rank() == 0:
+
+        def commit() -> None:
             with commit_directory(job.output, MODEL_KIND, Provenance(job.provenance, job.parents, metrics)) as folder:
                 save_model(folder, job.model, result.state, tokenizer)
                 shutil.copyfile(history.path, folder / "history.jsonl")
-        dist.barrier()
+
+        on_rank_zero(commit)
         return metrics
     finally:
         stop_process_group()
@@ -86,14 +89,12 @@ def run_stage(job: StageJob, on_metrics: Callable[[int, Metrics], None] = lambda
 def validation_batches(examples: list[Example], mask_probability: float) -> list[Batch]:
     """The same held-out rows for every run and every worker: the first 256, in order."""
     rows = examples[:_VALIDATION_ROWS]
-    starts = range(0, len(rows), _VALIDATION_BATCH)
-    return [
-        collate(
-            part, [derive_seed("validation", start + i) for i in range(len(part))], range(len(part)), mask_probability
-        )
-        for start in starts
-        for part in [rows[start : start + _VALIDATION_BATCH]]
-    ]
+    batches = []
+    for start in range(0, len(rows), _VALIDATION_BATCH):
+        indices = range(start, min(start + _VALIDATION_BATCH, len(rows)))
+        seeds = [derive_seed("validation", index) for index in indices]
+        batches.append(collate([rows[index] for index in indices], seeds, indices, mask_probability))
+    return batches
 
 
 def _starting_model(job: StageJob) -> ReactiveTransformer:

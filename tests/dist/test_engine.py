@@ -2,13 +2,14 @@
 
 import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from rxt_platform.model.parameters import component_of
-from rxt_platform.storage.directory import read_manifest, seal_directory
+from rxt_platform.storage.directory import read_manifest, seal_directory, verify_directory
 from tests.support import STAGES, Jobs
 
 pytestmark = pytest.mark.dist
@@ -45,6 +46,7 @@ def test_zero_stages_agree(straight_run: Jobs, new_jobs: Callable[..., Jobs], ze
     assert done.returncode == 0, done.stderr[-2000:]
     for one, other in zip(straight_run.history("memory_aware"), jobs.history("memory_aware"), strict=True):
         assert one["objective"] == pytest.approx(other["objective"], abs=1e-5), one["step"]
+        assert one["gradient_norm"] == pytest.approx(other["gradient_norm"], rel=1e-3), one["step"]
     weights, others = (load_file(run.jobs["memory_aware"].output / "model.safetensors") for run in (straight_run, jobs))
     assert weights.keys() == others.keys()
     for name, tensor in weights.items():
@@ -65,58 +67,90 @@ def test_killed_run_ends_with_the_same_weights(straight_run: Jobs, new_jobs: Cal
     assert [row["loss"] for row in history] == [row["loss"] for row in straight]
 
 
-def test_damaged_checkpoint_is_named_and_the_one_before_is_used(new_jobs: Callable[..., Jobs]) -> None:
-    jobs = new_jobs()
-    jobs.run_and_kill("pretraining", step=8)
+def finished_then_undone(jobs: Jobs) -> list[Path]:
+    """A run of 10 steps that lost its result but kept its resume states: those of steps 6 and 9."""
+    assert jobs.run("pretraining").returncode == 0
+    shutil.rmtree(jobs.jobs["pretraining"].output)
     checkpoints = sorted((jobs.jobs["pretraining"].work / "checkpoints").glob("step-*"))
-    assert [path.name for path in checkpoints] == ["step-00000003", "step-00000006"]
-    shard = next((checkpoints[1] / "deepspeed/state").glob("*optim_states.pt"))
+    assert [path.name for path in checkpoints] == ["step-00000006", "step-00000009"]
+    return checkpoints
+
+
+def test_damaged_checkpoint_is_named_and_the_one_before_is_used(
+    straight_run: Jobs, new_jobs: Callable[..., Jobs]
+) -> None:
+    jobs = new_jobs()
+    _, newest = finished_then_undone(jobs)
+    shard = next((newest / "deepspeed/state").glob("*optim_states.pt"))
     shard.write_bytes(shard.read_bytes()[:-100])
     done = jobs.run("pretraining")
     assert done.returncode == 0
-    assert str(shard) in done.stderr and "skipping" in done.stderr
-    assert read_manifest(jobs.jobs["pretraining"].output).metrics["resumed_from_step"] == 3
+    assert f"skipping a damaged checkpoint: {shard}" in done.stderr
+    assert read_manifest(jobs.jobs["pretraining"].output).metrics["resumed_from_step"] == 6
+    assert jobs.weights_sha256("pretraining") == straight_run.weights_sha256("pretraining")
 
 
 def test_only_damaged_checkpoints_are_an_error_not_a_fresh_start(new_jobs: Callable[..., Jobs]) -> None:
     jobs = new_jobs()
-    jobs.run_and_kill("pretraining", step=4)
-    (checkpoint,) = sorted((jobs.jobs["pretraining"].work / "checkpoints").glob("step-*"))
-    (checkpoint / "manifest.json").unlink()
+    for checkpoint in finished_then_undone(jobs):
+        (checkpoint / "manifest.json").unlink()
     done = jobs.run("pretraining")
     assert done.returncode == 2
-    assert "no usable checkpoint" in done.stderr and str(checkpoint) in done.stderr
+    assert "no usable checkpoint" in done.stderr
+    assert str(checkpoint) in done.stderr
     assert not jobs.jobs["pretraining"].output.exists()
 
 
 def test_another_worker_count_is_refused_with_the_fix(new_jobs: Callable[..., Jobs]) -> None:
     jobs = new_jobs()
-    jobs.run_and_kill("pretraining", step=4)
+    finished_then_undone(jobs)
     done = jobs.run("pretraining", workers=2)
     assert done.returncode != 0
     assert "saved with world_size 1, this job has 2" in done.stderr
 
 
-def test_frozen_components_stay_bit_identical(straight_run: Jobs) -> None:
-    """Memory pre-training trains the memory attention alone."""
-    job = straight_run.jobs["memory_pretraining"]
-    assert job.start is not None
-    before, after = load_file(job.start / "model.safetensors"), load_file(job.output / "model.safetensors")
-    for name, tensor in before.items():
-        assert torch.equal(tensor, after[name]) == (component_of(name) != "memory_attention"), name
+@pytest.mark.parametrize(
+    ("last_step", "expected"),
+    [
+        (2, {"decoder", "memory_cross_attention", "heads"}),
+        (4, {"decoder", "memory_cross_attention", "heads", "memory_attention"}),
+        (6, {"decoder", "memory_cross_attention", "heads", "memory_attention", "encoder", "embedding"}),
+    ],
+)
+def test_gradual_unfreezing_moves_components_in_their_order(
+    straight_run: Jobs, new_jobs: Callable[..., Jobs], last_step: int, expected: set[str]
+) -> None:
+    """N = 0.2 and K = 0.3 epochs of 10 steps; the run is cut after `last_step` by a schedule with nothing after it.
 
-
-def test_gradual_unfreezing_moves_components_in_their_order(new_jobs: Callable[..., Jobs], straight_run: Jobs) -> None:
-    """Stopped at the end of the first phase, only the decoder's parts have moved."""
-    jobs = new_jobs("stages.memory_aware.unfreeze_memory_attention=5", "training.checkpoint_every=100")
+    Two runs that share their first steps differ only later: what has moved by then is read from DeepSpeed's shard.
+    """
+    jobs = new_jobs(f"training.checkpoint_every={last_step}", "training.keep_checkpoints=9")
     start = straight_run.jobs["memory_aware"].start
     jobs.jobs["memory_aware"] = jobs.jobs["memory_aware"].model_copy(update={"start": start})
     assert jobs.run("memory_aware").returncode == 0
     assert start is not None
     before = load_file(start / "model.safetensors")
-    after = load_file(jobs.jobs["memory_aware"].output / "model.safetensors")
-    moved = {component_of(name) for name, tensor in before.items() if not torch.equal(tensor, after[name])}
-    assert moved == {"decoder", "memory_cross_attention", "heads"}
+    checkpoint = jobs.jobs["memory_aware"].work / f"checkpoints/step-{last_step:08d}"
+    verify_directory(checkpoint)
+    after = torch.load(checkpoint / "deepspeed/state/mp_rank_00_model_states.pt", weights_only=False)["module"]
+    moved = {component_of(name) for name in before if not torch.equal(before[name], after[f"model.{name}"])}
+    assert moved == expected
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_frozen_weights_come_out_as_they_went_in(
+    straight_run: Jobs, new_jobs: Callable[..., Jobs], precision: str
+) -> None:
+    jobs = new_jobs(f"training.precision={precision}")
+    job = straight_run.jobs["memory_pretraining"]
+    jobs.jobs["memory_pretraining"] = jobs.jobs["memory_pretraining"].model_copy(update={"start": job.start})
+    done = jobs.run("memory_pretraining")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert job.start is not None
+    before = load_file(job.start / "model.safetensors")
+    after = load_file(jobs.jobs["memory_pretraining"].output / "model.safetensors")
+    for name, tensor in before.items():
+        assert torch.equal(tensor, after[name]) == (component_of(name) != "memory_attention"), name
 
 
 def test_loss_that_is_not_finite_stops_all_ranks_and_names_the_rows(

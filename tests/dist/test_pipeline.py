@@ -11,7 +11,7 @@ from mlflow import MlflowClient
 from rxt_platform.errors import BusyError
 from rxt_platform.orchestration.commands import plan_rows
 from rxt_platform.orchestration.plan import build_plan
-from rxt_platform.orchestration.runner import _only_driver, run_pipeline
+from rxt_platform.orchestration.runner import only_holder, run_pipeline
 from rxt_platform.storage.directory import verify_directory
 from tests.support import ROOT, SMALL, STAGES, environment, read_report, run_driver, small_run, weights_of
 
@@ -24,7 +24,7 @@ def test_report_holds_what_was_measured(finished_pipeline: Path) -> None:
     for stage in report["stages"]:
         assert stage["seconds"] > 0
         assert stage["loss_after"] < stage["loss_before"]
-    assert {"1", "2", "3"} >= set(report["recall"])
+    assert set(report["recall"]) == {"1", "2", "3"}
     for entry in report["recall"].values():
         assert entry["gain"] == pytest.approx(entry["with_memory"] - entry["reset"])
         assert entry["count"] > 0
@@ -33,6 +33,8 @@ def test_report_holds_what_was_measured(finished_pipeline: Path) -> None:
     folder = finished_pipeline / "quickstart"
     for name in ("report.html", "recall.png", "losses.png"):
         assert (folder / name).stat().st_size > 1000
+    assert not [path for path in (finished_pipeline / "work").iterdir() if path.is_dir()], "resume states are gone"
+    assert not list((finished_pipeline / "artifacts").glob(".*"))
 
 
 def test_rerun_reuses_every_step_and_starts_no_ray(
@@ -89,6 +91,7 @@ def test_mlflow_holds_parent_children_metrics_and_lineage(finished_pipeline: Pat
     assert [entry.step for entry in history] == list(range(1, 11))
     for name in ("gradient_norm", "tokens_per_second", "learning_rate"):
         assert len(client.get_metric_history(sft.info.run_id, name)) == 10
+    assert all(entry.value > 0 for entry in client.get_metric_history(sft.info.run_id, "gradient_norm"))
     assert len(client.get_metric_history(children["memory_aware"].info.run_id, "memory_change")) == 10
     assert json.loads(sft.data.tags["rxt.parents"])["model"] == children["pretraining"].data.tags["rxt.fingerprint"]
     assert {entry.dataset.name for entry in sft.inputs.dataset_inputs} == {"corpus", "tokenizer", "model"}
@@ -100,9 +103,17 @@ def test_mlflow_holds_parent_children_metrics_and_lineage(finished_pipeline: Pat
 
 def test_second_driver_leaves_and_names_the_first(tmp_path: Path) -> None:
     config = small_run(tmp_path)
-    folder = tmp_path / config.name
-    folder.mkdir()
-    with _only_driver(folder), pytest.raises(BusyError, match=r"in use by process \d+ on "):
+    lock = tmp_path / "work" / f"run.{config.name}.lock"
+    with only_holder(lock), pytest.raises(BusyError, match=r"run.quickstart: in use by process \d+ on "):
+        run_pipeline(config)
+
+
+def test_step_that_another_run_is_making_is_not_made_twice(tmp_path: Path) -> None:
+    """Runs of other names share steps by their fingerprint."""
+    config = small_run(tmp_path, "name=other")
+    step = build_plan(config)[2]
+    lock = step.work.with_name(step.work.name + ".lock")
+    with only_holder(lock), pytest.raises(BusyError, match=r"pretraining-\w+: in use by process \d+ on "):
         run_pipeline(config)
 
 

@@ -74,6 +74,28 @@ def test_config_typo(capsys: pytest.CaptureFixture[str], storage: list[str]) -> 
     assert "unknown key 'stages.sft.optimizer.learning_rat'; nearest valid: learning_rate" in message
 
 
+def test_query_that_fills_the_window(capsys: pytest.CaptureFixture[str], storage: list[str], tmp_path: Path) -> None:
+    rows = [{"query": "q " * 300, "answer": "a", "interactions": [{"query": "q", "answer": "a"}]}] * 64
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    message = error_of(capsys, QUICKSTART, *storage, JSONL)
+    assert "conversations.train, row 1, turn 0 ('q q q" in message
+    assert "shorten the query" in message
+
+
+def test_batch_larger_than_the_rows(capsys: pytest.CaptureFixture[str], storage: list[str]) -> None:
+    message = error_of(capsys, QUICKSTART, *storage, "data.texts.train_rows=40")
+    assert "stages.pretraining.global_batch_size 64 is more than the 40 training rows of texts" in message
+
+
+def test_schedule_that_would_never_end(capsys: pytest.CaptureFixture[str], storage: list[str]) -> None:
+    message = error_of(capsys, QUICKSTART, *storage, "stages.memory_aware.unfreeze_encoder=50")
+    assert "unfreeze_memory_attention + unfreeze_encoder takes 50.05 epochs, the stage has 1.5" in message
+
+
+def test_stage_name_typo(capsys: pytest.CaptureFixture[str], storage: list[str]) -> None:
+    assert "stages.stf: missing key 'kind'" in error_of(capsys, QUICKSTART, *storage, "stages.stf.epochs=2")
+
+
 def test_unknown_preset(capsys: pytest.CaptureFixture[str], storage: list[str]) -> None:
     message = error_of(capsys, QUICKSTART, *storage, "model.preset=tny")
     assert "model.preset: unknown preset 'tny'; did you mean 'tiny'? presets: alpha-nano, tiny" in message
@@ -87,8 +109,8 @@ def test_start_from_an_artifact_that_was_altered(
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    message = error_of(capsys, QUICKSTART, *storage, f"stages.sft.start_from.artifact={artifact}")
-    assert f"stages.sft.start_from: {weights}: sha256 " in message
+    message = error_of(capsys, QUICKSTART, *storage, f"stages.pretraining.start_from.artifact={artifact}")
+    assert f"stages.pretraining.start_from: {weights}: sha256 " in message
     assert "the file was altered" in message
 
 
@@ -96,7 +118,7 @@ def test_start_from_an_artifact_that_is_not_the_one_asked_for(
     capsys: pytest.CaptureFixture[str], storage: list[str], tmp_path: Path
 ) -> None:
     artifact = make_model_artifact(tmp_path / "model")
-    asked = f"stages.sft.start_from={{artifact: {artifact}, sha256: {'ab' * 32}}}"
+    asked = f"stages.pretraining.start_from={{artifact: {artifact}, sha256: {'ab' * 32}}}"
     message = error_of(capsys, QUICKSTART, *storage, asked)
     assert f"has content sha256 {json.loads((artifact / 'manifest.json').read_text())['content_sha256']}" in message
     assert f"the config asks for {'ab' * 32}" in message
@@ -104,7 +126,7 @@ def test_start_from_an_artifact_that_is_not_the_one_asked_for(
 
 def test_start_from_another_model(capsys: pytest.CaptureFixture[str], storage: list[str], tmp_path: Path) -> None:
     artifact = make_model_artifact(tmp_path / "model")
-    overrides = [f"stages.sft.start_from.artifact={artifact}", "model.memory.slots=16"]
+    overrides = [f"stages.pretraining.start_from.artifact={artifact}", "model.memory.slots=16"]
     assert "is another model: memory.slots: 32 → 16" in error_of(capsys, QUICKSTART, *storage, *overrides)
 
 

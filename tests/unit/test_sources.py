@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from rxt_platform.config.run import DataConfig
 from rxt_platform.data import sources
-from rxt_platform.data.corpus import build_corpus, corpus_texts, length_statistics, load_examples, read_rows
+from rxt_platform.data.corpus import build_corpus, corpus_texts, load_examples, read_rows
 from rxt_platform.data.rows import Conversation, Interaction, Recall
 from rxt_platform.data.sources import read_conversations, source_identity
 from rxt_platform.data.tokenizer import ANSWER, BOS, EOS, QUERY
@@ -254,8 +254,6 @@ def test_examples_of_a_corpus_are_its_rows_as_token_ids(tmp_path: Path) -> None:
     assert [ids[start - 1] for ids, start in zip(example.turns, example.target_starts, strict=True)] == [ANSWER] * 2
     singles = load_examples(tmp_path, "interactions", "train", tokenizer, 64)
     assert [single.turns[0] for single in singles] == list(example.turns)
-    statistics = length_statistics([example], len(example.turns[0]))
-    assert statistics == {"rows": 1, "tokens": sum(map(len, example.turns)), "full_windows": 2}
     with pytest.raises(DataError, match=r"conversations\.train, row 1, turn 0"):
         load_examples(tmp_path, "conversations", "train", tokenizer, 5)
 

@@ -46,7 +46,10 @@ RANDOM: dict[str, dict[str, Any]] = {  # everything that draws random numbers sw
 
 def stage_of(kind: str, examples: Sequence[Example] = TALKS, **settings: Any) -> Stage:
     """A stage over these rows; all of them are one batch."""
-    raw = {"kind": kind, "epochs": 1, "global_batch_size": len(examples), "optimizer": {"learning_rate": 1e-3}}
+    raw: dict[str, Any] = {"kind": kind, "epochs": 100, "global_batch_size": len(examples)}
+    raw["optimizer"] = {"learning_rate": 1e-3}
+    if kind in ("joint_pretraining", "interaction_sft"):
+        settings["loss"] = {"decoder_only": 0.0, **settings.get("loss", {})}
     config: StageConfig = TypeAdapter(StageConfig).validate_python({**raw, **settings})
     return build_stage(config, examples, seed=3)
 
