@@ -69,7 +69,7 @@ def read_conversations(path: Path) -> list[Conversation]:
         try:
             rows.append(conversation_from_row(raw))
         except ValueError as error:
-            raise DataError(f"{path}:{number}: {error}") from None
+            raise DataError(f"{path}:{number}: {error}; every interaction needs text in 'query' and 'answer'") from None
     if not rows:
         raise DataError(f"{path}: empty: no rows; write one JSON object a line with 'query' and 'answer'")
     return rows
