@@ -31,5 +31,6 @@ def measure(
     for name, kind in kinds.items():
         train, held_out = (load_examples(corpus, kind, split, tokenizer, window) for split in ("train", "validation"))
         baselines[name] = count_baselines(train, held_out[:_BASELINE_ROWS], model.config.vocab_size)
-    samples = sample_conversations(model, tokenizer, talks[: settings.samples], SamplingOptions(seed=seed))
+    spread = [talks[i * len(talks) // settings.samples] for i in range(min(settings.samples, len(talks)))]
+    samples = sample_conversations(model, tokenizer, spread, SamplingOptions(seed=seed))
     return {**asdict(measured), "baselines": baselines, "samples": samples}
