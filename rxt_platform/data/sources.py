@@ -133,7 +133,7 @@ def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{path}:{number}: not JSON: {error}") from None
         if not isinstance(row, dict):
             raise DataError(f"{path}:{number}: expected an object with 'query' and 'answer', got {type(row).__name__}")
@@ -145,6 +145,8 @@ def _read_text(path: Path) -> str:
         return _existing(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: byte {error.start} is not UTF-8: convert the file to UTF-8") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def _existing(path: Path) -> Path:

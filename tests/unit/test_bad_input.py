@@ -69,6 +69,11 @@ def test_row_without_answer(capsys: pytest.CaptureFixture[str], storage: list[st
     assert f"{tmp_path / 'rows.jsonl'}:2: column 'interactions[0].answer': missing" in message
 
 
+def test_row_nested_too_deeply(capsys: pytest.CaptureFixture[str], storage: list[str], tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"query": ' + "[" * 100_000 + "\n")
+    assert f"{tmp_path / 'rows.jsonl'}:1: not JSON: " in error_of(capsys, QUICKSTART, *storage, JSONL)
+
+
 def test_config_typo(capsys: pytest.CaptureFixture[str], storage: list[str]) -> None:
     message = error_of(capsys, QUICKSTART, *storage, "stages.sft.optimizer.learning_rat=1e-3")
     assert "unknown key 'stages.sft.optimizer.learning_rat'; nearest valid: learning_rate" in message
