@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import ROOT, SMALL, environment, read_report, weights_of
+from tests.support import ROOT, environment, read_report
 
 pytestmark = pytest.mark.dist
 
@@ -56,8 +56,9 @@ def service(command: list[str], ready: str, seconds: float = 90) -> Iterator[Non
             process.wait()
 
 
-def test_pipeline_as_a_ray_job(finished_pipeline: Path, tmp_path: Path) -> None:
-    """`ray start --head`, `ray job submit`: succeeds, and the weights are those of a direct run."""
+@pytest.mark.timeout(2400)
+def test_quickstart_as_a_ray_job_ends_with_a_memory_that_works(tmp_path: Path) -> None:
+    """The quickstart as shipped (minutes), through `ray start --head` and `ray job submit`."""
     dashboard = free_port()
     head = [
         *(str(BIN / "ray"), "start", "--head", "--block", "--num-cpus", "2", "--disable-usage-stats"),
@@ -67,15 +68,19 @@ def test_pipeline_as_a_ray_job(finished_pipeline: Path, tmp_path: Path) -> None:
         submit = [
             *(str(BIN / "ray"), "job", "submit", "--address", f"http://127.0.0.1:{dashboard}"),
             *("--working-dir", ".", "--", str(BIN / "python"), "pipelines/full_smst.py"),
-            *("--config", "pipelines/configs/quickstart.yaml", *SMALL, f"storage={tmp_path}"),
+            *("--config", "pipelines/configs/quickstart.yaml", f"storage={tmp_path}"),
         ]
         done = subprocess.run(
-            submit, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=540, check=False
+            submit, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=2000, check=False
         )
+        (tmp_path / "job.log").write_text(done.stdout + done.stderr)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
     assert re.search(r"Job '.*' succeeded", done.stdout + done.stderr)
-    assert "Recall of facts told in an earlier turn" in done.stdout
-    assert weights_of(read_report(tmp_path)) == weights_of(read_report(finished_pipeline))
+    report = read_report(tmp_path)
+    assert {"1", "2", "3"} == set(report["recall"])
+    assert report["recall"]["1"]["gain"] >= 0.5
+    assert report["recall_overall"]["gain"] >= 0.4
+    assert report["answer_tokens"]["loss"] < report["memory_reset"]["loss"]
 
 
 def test_mlflow_page_opens_on_a_run(finished_pipeline: Path) -> None:

@@ -1,22 +1,23 @@
 """Every command in the README is run by CI or a test: a new one must be entered here, with who runs it."""
 
 import re
+import tomllib
 
 import yaml
 
 from tests.support import ROOT
 
 RUN_BY = {
-    "make quickstart": "dist/test_quickstart.py runs its config; .ci/run sets up as it does",
+    "make quickstart": "dist/test_cluster.py runs its config; .ci/run sets up as it does",
     ".venv/bin/rxt chat": "dist/test_pipeline.py::test_chat_shows_when_memory_is_written",
     ".venv/bin/rxt plan": "dist/test_pipeline.py::test_plan_starts_nothing",
-    ".venv/bin/rxt run pipelines/configs/quickstart.yaml": "dist/test_quickstart.py, unit/test_bad_input.py",
+    ".venv/bin/rxt run pipelines/configs/quickstart.yaml": "dist/test_cluster.py, unit/test_bad_input.py",
     ".venv/bin/rxt run pipelines/configs/tinystories.yaml": "dist/test_real_data.py",
     ".venv/bin/rxt eval": "dist/test_pipeline.py::test_eval_measures_any_conversation_file",
     ".venv/bin/rxt models": "dist/test_pipeline.py::test_models_lists_exact_counts",
     ".venv/bin/mlflow ui": "dist/test_cluster.py::test_mlflow_page_opens_on_a_run",
-    "ray start": "dist/test_cluster.py::test_pipeline_as_a_ray_job",
-    "ray job submit": "dist/test_cluster.py::test_pipeline_as_a_ray_job",
+    "ray start": "dist/test_cluster.py::test_quickstart_as_a_ray_job_ends_with_a_memory_that_works",
+    "ray job submit": "dist/test_cluster.py::test_quickstart_as_a_ray_job_ends_with_a_memory_that_works",
     "make test": ".ci/run",
     "make lint": ".ci/run",
 }
@@ -32,6 +33,13 @@ def test_every_command_of_the_readme_is_run_somewhere() -> None:
         assert runner, f"{command!r}: nothing runs it"
         for file in re.findall(r"(?:dist|unit)/test_\w+\.py", runner):
             assert (ROOT / "tests" / file).exists()
+
+
+def test_every_tier_of_tests_is_collected() -> None:
+    """Pytest leaves out folders called dist unless it is told not to."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
+    assert settings["testpaths"] == ["tests"]
+    assert "dist" not in settings["norecursedirs"]
 
 
 def test_files_that_the_readme_links_to_exist() -> None:
