@@ -15,10 +15,8 @@ logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
-# Set before ray is imported: a local cluster needs no token on loopback, and an unset mode would write one into the
-# user's home; a quick health check ends a finished training group in one second instead of five.
+# Set before ray is imported: a quick health check ends a finished training group in one second instead of five.
 _DRIVER_ENVIRONMENT = {
-    "RAY_AUTH_MODE": "disabled",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DEDUP_LOGS": "0",
@@ -32,6 +30,10 @@ def connect(resources: ResourcesConfig) -> bool:
     """
     for name, value in _DRIVER_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    if not os.environ.get("RAY_ADDRESS"):
+        # On loopback no token is needed, and an unset mode would write one into the user's home. A cluster that is
+        # joined says itself what it asks for.
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     import ray
 
     if ray.is_initialized():
