@@ -27,4 +27,9 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    logging.shutdown()
+    # Everything is committed. DeepSpeed keeps its groups, whose threads now and then abort the interpreter's teardown.
+    os._exit(status)

@@ -81,6 +81,7 @@ def run_stage(job: StageJob, on_metrics: Callable[[int, Metrics], None] = lambda
                 shutil.copyfile(history.path, folder / "history.jsonl")
 
         on_rank_zero(commit)
+        dist.barrier()  # no rank leaves the group while another still uses it
         return metrics
     finally:
         stop_process_group()
