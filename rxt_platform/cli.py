@@ -108,34 +108,18 @@ def chat(model: str, temperature: float, top_p: float, seed: int) -> None:
 @rxt.command()
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
 def models(as_json: bool) -> None:
-    """List the model presets with their parameter counts."""
+    """List the model presets with their sizes."""
     from dataclasses import asdict
 
     from rxt_platform.config.loading import load_preset, preset_names
-    from rxt_platform.model.parameters import count_parameters
+    from rxt_platform.model.parameters import measure_size, render_sizes
 
-    counts = {name: count_parameters(load_preset(name)) for name in preset_names()}
+    sizes = {name: measure_size(load_preset(name)) for name in preset_names()}
     if as_json:
-        rows = [
-            {
-                "name": name,
-                "components": {part: asdict(count) for part, count in parts.items() if part != "total"},
-                "total": parts["total"].parameters,
-            }
-            for name, parts in counts.items()
-        ]
+        rows = [{"name": name, **asdict(size), "total": size.total.parameters} for name, size in sizes.items()]
         click.echo(json.dumps(rows, indent=2))
-        return
-    click.echo(f"{'preset':<14}{'decoder':>14}{'active':>14}{'encoder':>14}{'memory':>14}{'total':>14}")
-    for name, parts in counts.items():
-        numbers = (
-            parts["decoder"].parameters,
-            parts["decoder"].active,
-            parts["encoder"].parameters,
-            parts["memory_attention"].parameters,
-            parts["total"].parameters,
-        )
-        click.echo(f"{name:<14}" + "".join(f"{number:>14,}" for number in numbers))
+    else:
+        click.echo(render_sizes(sizes))
 
 
 def _load(config: str, overrides: tuple[str, ...]) -> "RunConfig":

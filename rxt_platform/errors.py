@@ -29,6 +29,12 @@ class ArtifactError(RxtError):
     exit_code = 2
 
 
+class ModelError(RxtError):
+    """A model was given a memory that is not its own, or its weights or memory hold numbers that are not finite."""
+
+    exit_code = 2
+
+
 class ResumeError(RxtError):
     """A resume was asked for and cannot be done without losing or mixing work."""
 

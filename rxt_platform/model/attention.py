@@ -36,17 +36,21 @@ def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
 class Attention(nn.Module):
     """Scaled-dot-product attention with `query_heads` and `key_value_heads` of the model's head size."""
 
-    def __init__(self, hidden_size: int, head_size: int, config: AttentionConfig) -> None:
+    def __init__(self, hidden_size: int, head_size: int, config: AttentionConfig, norm_eps: float) -> None:
         super().__init__()
         self.query_heads, self.key_value_heads, self.head_size = (
             config.query_heads,
             config.key_value_heads,
             head_size,
         )
+        width = max(self.query_heads, self.key_value_heads) * head_size
         self.query = nn.Linear(hidden_size, self.query_heads * head_size, bias=False)
         self.key = nn.Linear(hidden_size, self.key_value_heads * head_size, bias=False)
         self.value = nn.Linear(hidden_size, self.key_value_heads * head_size, bias=False)
-        self.output = nn.Linear(self.query_heads * head_size, hidden_size, bias=config.output_bias)
+        self.output = nn.Linear(width, hidden_size, bias=config.output_bias)
+        self.gate = nn.Linear(hidden_size, width, bias=False) if config.gated else None
+        self.query_norm = nn.RMSNorm(head_size, norm_eps) if config.query_key_norm else None
+        self.key_norm = nn.RMSNorm(head_size, norm_eps) if config.query_key_norm else None
 
     def _heads(self, x: Tensor, heads: int) -> Tensor:
         return x.unflatten(-1, (heads, self.head_size)).transpose(-3, -2)
@@ -55,6 +59,8 @@ class Attention(nn.Module):
         """Keys and values of `source` [B, T, D], each [B, key_value_heads, T, head_size]."""
         key = self._heads(self.key(source), self.key_value_heads)
         value = self._heads(self.value(source), self.key_value_heads)
+        if self.key_norm is not None:
+            key = self.key_norm(key)
         return (key if rotary is None else rotate(key, rotary)), value
 
     def attend(
@@ -65,11 +71,22 @@ class Attention(nn.Module):
         mask: Tensor | None = None,
         causal: bool = False,
     ) -> Tensor:
-        """Let `x` [B, T, D] read keys and values; `mask` is boolean, True = may be read, broadcast to [B, H, T, S]."""
+        """Let `x` [B, T, D] read keys and values; `mask` is boolean, True = may be read, broadcast to [B, H, T, S].
+
+        Fewer query than key-value heads (reverse SQA): the queries are tiled over the key-value heads. A gate
+        multiplies what was read by `sigmoid(W x)` (REF 1.4; from torch's default weights, not N(1, 0.01)).
+        """
         query = self._heads(self.query(x), self.query_heads)
+        if self.query_norm is not None:
+            query = self.query_norm(query)
         if rotary is not None:
             query = rotate(query, rotary)
+        if self.query_heads < self.key_value_heads:
+            query = query.repeat(1, self.key_value_heads // self.query_heads, 1, 1)
         key, value = keys_values
-        grouped = self.query_heads != self.key_value_heads
+        grouped = self.query_heads > self.key_value_heads
         read = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
-        return self.output(read.transpose(-3, -2).flatten(-2))
+        read = read.transpose(-3, -2).flatten(-2)
+        if self.gate is not None:
+            read = read * self.gate(x).sigmoid()
+        return self.output(read)

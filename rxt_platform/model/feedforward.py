@@ -1,8 +1,13 @@
-"""Feed-forward parts: SwiGLU and the mixture of experts with its load-balancing loss."""
+"""Feed-forward parts: SwiGLU, and the mixture of experts with its load balancing."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from rxt_platform.config.model import ExpertsConfig
 
 
 class SwiGLU(nn.Module):
@@ -19,47 +24,116 @@ class SwiGLU(nn.Module):
         return self.output(linear * F.silu(gate))
 
 
+@dataclass(frozen=True)
+class RealTokens:
+    """Where the real tokens of a batch [batch, T] are: found once, used by every layer. Padding is not routed."""
+
+    rows: Tensor  # [N]
+    columns: Tensor  # [N]
+    batch: int
+
+    @classmethod
+    def of(cls, mask: Tensor) -> "RealTokens":
+        """The True positions of `mask` [B, T]."""
+        rows, columns = mask.nonzero(as_tuple=True)
+        return cls(rows, columns, mask.shape[0])
+
+
+class Routed(NamedTuple):
+    """What a mixture gives: output [B, T, D], balance loss of each row [B], tokens sent to each expert [E]."""
+
+    output: Tensor
+    balance: Tensor
+    usage: Tensor
+
+
 class MixtureOfExperts(nn.Module):
     """Top-k routed SwiGLU experts: softmax over all experts, the k best renormalised to sum 1, no token dropped.
 
-    Tokens are sorted by expert and go through one grouped matrix multiplication per projection; padding is not routed.
+    Tokens are sorted by expert and go through one grouped matrix multiplication per projection.
     """
 
-    def __init__(self, hidden_size: int, inner_size: int, experts: int, experts_per_token: int) -> None:
+    selection_steps: Tensor
+
+    def __init__(self, hidden_size: int, config: ExpertsConfig) -> None:
         super().__init__()
-        self.experts, self.experts_per_token = experts, experts_per_token
+        self.config = config
+        experts, inner = config.number, config.size
         self.router = nn.Linear(hidden_size, experts, bias=False)
-        self.input_weight = nn.Parameter(_uniform(experts, hidden_size, 2 * inner_size, fan_in=hidden_size))
-        self.input_bias = nn.Parameter(_uniform(experts, 2 * inner_size, fan_in=hidden_size))
-        self.output_weight = nn.Parameter(_uniform(experts, inner_size, hidden_size, fan_in=inner_size))
-        self.output_bias = nn.Parameter(_uniform(experts, hidden_size, fan_in=inner_size))
+        self.input_weight = nn.Parameter(_uniform(experts, hidden_size, 2 * inner, fan_in=hidden_size))
+        local = config.bias == "local"
+        self.input_bias = nn.Parameter(_uniform(experts, 2 * inner, fan_in=hidden_size)) if local else None
+        self.output_weight = nn.Parameter(_uniform(experts, inner, hidden_size, fan_in=inner))
+        self.output_bias = nn.Parameter(_uniform(experts, hidden_size, fan_in=inner)) if local else None
+        self.bias = nn.Parameter(torch.zeros(hidden_size)) if config.bias == "global" else None
+        self.shared = nn.ModuleList(SwiGLU(hidden_size, config.shared_size or inner) for _ in range(config.shared))
+        self.shared_gate = nn.Linear(hidden_size, config.shared, bias=False) if config.shared > 1 else None
+        if config.balancing == "bias":
+            # Whole steps of `bias_update_rate`: exact in any precision that the model is cast to.
+            self.register_buffer("selection_steps", torch.zeros(experts, dtype=torch.int64))
 
-    def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Mix the experts' outputs for the real tokens of `x` [B, T, D] (`mask` [B, T]); padding gets zero.
+    def forward(self, x: Tensor, tokens: RealTokens | None) -> Routed:
+        """Mix the experts' outputs for the real tokens of `x` [B, T, D] (all, without `tokens`); padding gets zero.
 
-        Returns the output [B, T, D] and the balance loss of each row [B], see `balance_loss`.
+        See `balance_loss`; with balancing by selection bias it is reported but carries no gradient.
         """
-        rows, columns = mask.nonzero(as_tuple=True)
-        tokens = x[rows, columns]
+        if tokens is None:
+            tokens = RealTokens.of(torch.ones(x.shape[:2], dtype=torch.bool, device=x.device))
+        mixed, probabilities, chosen = self._mix(x[tokens.rows, tokens.columns])
+        output = torch.zeros_like(x).index_put((tokens.rows, tokens.columns), mixed)
+        balance = balance_loss(probabilities, chosen, tokens.rows, tokens.batch)
+        usage = _count(chosen, self.config.number)
+        return Routed(output, balance.detach() if self.config.balancing == "bias" else balance, usage)
+
+    def mix(self, x: Tensor) -> Tensor:
+        """[B, T, D] -> [B, T, D], every token real, without the training's statistics: what generation runs."""
+        return self._mix(x.flatten(0, 1))[0].view_as(x)
+
+    def _mix(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Outputs [N, D] of tokens [N, D], router probabilities [N, E] and the experts chosen [N, k]."""
         probabilities = self.router(tokens).float().softmax(dim=-1)
-        weights, chosen = probabilities.topk(self.experts_per_token, dim=-1)
-        weights = (weights / weights.sum(dim=-1, keepdim=True)).to(x.dtype)
+        chosen = self._choose(probabilities)
+        weights = probabilities.gather(1, chosen)
+        weights = (weights / weights.sum(dim=-1, keepdim=True)).to(tokens.dtype)
         mixed = self._apply_experts(tokens, chosen, weights)
-        output = torch.zeros_like(x).index_put((rows, columns), mixed)
-        return output, balance_loss(probabilities, chosen, rows, x.shape[0])
+        if self.bias is not None:
+            mixed = mixed + self.bias
+        return self._add_shared(tokens, mixed), probabilities, chosen
+
+    def _choose(self, probabilities: Tensor) -> Tensor:
+        if self.config.balancing == "bias":
+            probabilities = probabilities.detach() + self.selection_steps * self.config.bias_update_rate
+        return probabilities.topk(self.config.per_token, dim=-1).indices
 
     def _apply_experts(self, tokens: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """Outputs of the chosen experts, weighted and summed: [N, D], [N, k], [N, k] -> [N, D]."""
         assignment = chosen.flatten()
-        order = assignment.argsort(stable=True)
-        expert = assignment[order]
-        ends = torch.bincount(expert, minlength=self.experts).cumsum(0).to(torch.int32)
-        grouped = tokens[order // self.experts_per_token]
-        hidden = F.grouped_mm(grouped, self.input_weight, offs=ends) + self.input_bias[expert]
+        expert, order = assignment.sort(stable=True)
+        every = torch.arange(self.config.number, device=tokens.device)
+        ends = torch.searchsorted(expert, every, right=True, out_int32=True)
+        hidden = F.grouped_mm(tokens[order // self.config.per_token], self.input_weight, offs=ends)
+        if self.input_bias is not None:
+            hidden = hidden + self.input_bias[expert]
         linear, gate = hidden.chunk(2, dim=-1)
-        result = F.grouped_mm(linear * F.silu(gate), self.output_weight, offs=ends) + self.output_bias[expert]
+        result = F.grouped_mm(linear * F.silu(gate), self.output_weight, offs=ends)
+        if self.output_bias is not None:
+            result = result + self.output_bias[expert]
         unsorted = torch.empty_like(result).index_put((order,), result)
         return (unsorted.unflatten(0, weights.shape) * weights.unsqueeze(-1)).sum(dim=1)
+
+    def _add_shared(self, tokens: Tensor, mixed: Tensor) -> Tensor:
+        """Add the shared experts: one as it is, several weighted by a softmax of their own (REF 1.5)."""
+        if self.shared_gate is None:
+            return mixed + self.shared[0](tokens) if len(self.shared) else mixed
+        shares = self.shared_gate(tokens).float().softmax(dim=-1).to(tokens.dtype)
+        for i, expert in enumerate(self.shared):
+            mixed = mixed + shares[:, i : i + 1] * expert(tokens)
+        return mixed
+
+    @torch.no_grad()
+    def rebalance(self, usage: Tensor) -> None:
+        """After a step with `usage` [E] over the global batch: lower overloaded experts' bias, raise the others'."""
+        self.selection_steps += torch.sign(usage.mean() - usage).to(torch.int64)
 
 
 def balance_loss(probabilities: Tensor, chosen: Tensor, rows: Tensor, batch: int) -> Tensor:
@@ -76,6 +150,12 @@ def balance_loss(probabilities: Tensor, chosen: Tensor, rows: Tensor, batch: int
     share = zeros.index_add(0, rows, assigned) / (tokens * chosen.shape[1])
     mean_probability = zeros.index_add(0, rows, probabilities) / tokens
     return experts * (share * mean_probability).sum(dim=1)
+
+
+def _count(chosen: Tensor, experts: int) -> Tensor:
+    """How many tokens were sent to each expert [E], as floating-point numbers."""
+    ones = torch.ones(chosen.numel(), device=chosen.device)
+    return ones.new_zeros(experts).index_add(0, chosen.flatten(), ones)
 
 
 def _uniform(*shape: int, fan_in: int) -> Tensor:

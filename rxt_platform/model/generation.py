@@ -1,24 +1,59 @@
-"""Answering one message at a time: cached generation, then the memory write, as a stream of typed events."""
+"""Answering one message at a time: cached generation, then the memory write, as a stream of typed events.
+
+Every conversation of a batch has its own prompt, memory, seed and end, and is answered as it would be alone. The prompt
+goes through the decoder once, the memory's keys and values are projected once, and each token then costs one step.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from rxt_platform.config.model import ModelConfig
 from rxt_platform.data.tokenizer import EOS, PAD
-from rxt_platform.errors import DataError
+from rxt_platform.errors import DataError, ModelError
+from rxt_platform.model.decoder import Cache, Decoder
 from rxt_platform.model.transformer import ReactiveTransformer
+
+Execution = Literal["eager", "compile", "cuda_graph"]
+_NOT_FINITE = -1  # in place of a token, where the logits held NaN or infinity
+
+
+class LanguageModel(Protocol):
+    """What generation needs of a model, with or without memory."""
+
+    config: ModelConfig
+    embedding: nn.Embedding
+    decoder: Decoder
 
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How the next token is chosen; temperature 0 takes the most likely one."""
+    """How the next token is chosen, and when an answer ends.
+
+    temperature 0 takes the most likely token. Otherwise tokens are drawn from the `top_k` likeliest (all if not given),
+    of those from the smallest set whose probability reaches `top_p`. Row i of a batch draws with seed + i, unless rows
+    are given their own.
+    """
 
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
-    max_new_tokens: int | None = None  # the model's window, if not given
+    max_new_tokens: int | None = None  # until the model's window is full, if not given
+    top_k: int | None = None
+    stop: tuple[int, ...] = (EOS,)
+
+    def __post_init__(self) -> None:
+        if not self.temperature >= 0:
+            raise DataError(f"temperature {self.temperature}: must be 0 (greedy) or more")
+        if not 0 < self.top_p <= 1:
+            raise DataError(f"top_p {self.top_p}: must be in (0, 1]")
+        if self.top_k is not None and self.top_k < 1:
+            raise DataError(f"top_k {self.top_k}: must be 1 or more")
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+            raise DataError(f"max_new_tokens {self.max_new_tokens}: must be 1 or more")
 
 
 @dataclass(frozen=True)
@@ -29,77 +64,251 @@ class Token:
 
 
 @dataclass(frozen=True)
+class Tokens:
+    """The next token id of each conversation of a batch; None where the answer has ended."""
+
+    ids: list[int | None]
+
+
+@dataclass(frozen=True)
 class MemoryUpdateStarted:
     """The answer is complete; the memory is being written."""
 
 
 @dataclass(frozen=True)
 class MemoryUpdated:
-    """The memory after the write, and its relative change (norm of the difference / norm before)."""
+    """The memory [L, B, S, D] after the write, and its relative change (norm of the difference / norm before)."""
 
     memory: Tensor
     change: float
 
 
 Event = Token | MemoryUpdateStarted | MemoryUpdated
+BatchEvent = Tokens | MemoryUpdateStarted | MemoryUpdated
+
+
+class Stepper:
+    """Runs the decoding steps of a model: eagerly, compiled, or as a replayed CUDA graph.
+
+    Compiled code and graphs are kept between calls of `generate`, for each batch size and cache length. A CUDA graph
+    has one cache in fixed memory, so one generation at a time.
+    """
+
+    def __init__(self, model: LanguageModel, execution: Execution = "eager") -> None:
+        if execution == "cuda_graph" and model.embedding.weight.device.type != "cuda":
+            raise ModelError(
+                f"cuda_graph needs a model on a CUDA device, this one is on {model.embedding.weight.device}"
+            )
+        self.model, self.execution = model, execution
+        self._step = torch.compile(_next_tokens, dynamic=False) if execution == "compile" else _next_tokens
+        self._graphs: dict[tuple[object, ...], _Graph] = {}
+
+    def start(self, memory: Tensor | None, batch: int, length: int) -> Cache:
+        """A cache for one generation. Other than eager ones have the whole window's length, so that shapes repeat."""
+        length = length if self.execution == "eager" else self.model.config.max_length
+        return self.model.decoder.start_cache(memory, batch, length)
+
+    def next(
+        self, tokens: Tensor, positions: Tensor, draws: Tensor, cache: Cache, options: SamplingOptions, length: int
+    ) -> Tensor:
+        """The token that follows `tokens` [B] at `positions` [B]; `length` says how much of the cache is in use."""
+        if self.execution == "cuda_graph":
+            key = (len(tokens), cache.length, options.temperature, options.top_k, options.top_p)
+            if key not in self._graphs:
+                self._graphs[key] = _Graph(self.model, cache, options, len(tokens))
+            return self._graphs[key].replay(tokens, positions, draws, cache)
+        used = length if self.execution == "eager" else cache.length
+        return self._step(self.model, tokens, positions, draws, cache, options, used)
+
+
+class _Graph:
+    """A captured decoding step with its own input, output and cache tensors."""
+
+    def __init__(self, model: LanguageModel, cache: Cache, options: SamplingOptions, batch: int) -> None:
+        device = model.embedding.weight.device
+        self.tokens, self.positions = (torch.zeros(batch, dtype=torch.int64, device=device) for _ in range(2))
+        self.draws = torch.zeros(batch, device=device)
+        self.cache = Cache(
+            [keys.clone() for keys in cache.keys],
+            [values.clone() for values in cache.values],
+            [None if pair is None else (pair[0].clone(), pair[1].clone()) for pair in cache.memory],
+        )
+        self._filled_from: Cache | None = None
+
+        def step() -> Tensor:
+            return _next_tokens(model, self.tokens, self.positions, self.draws, self.cache, options, cache.length)
+
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):  # kernels choose their algorithms and allocate before the capture
+                step()
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.output = step()
+
+    def replay(self, tokens: Tensor, positions: Tensor, draws: Tensor, cache: Cache) -> Tensor:
+        """The step's result; the first replay of a generation takes over its prefilled cache."""
+        if self._filled_from is not cache:
+            for mine, theirs in zip(_tensors(self.cache), _tensors(cache), strict=True):
+                mine.copy_(theirs)
+            self._filled_from = cache
+        self.tokens.copy_(tokens)
+        self.positions.copy_(positions)
+        self.draws.copy_(draws)
+        self.graph.replay()
+        return self.output.clone()
+
+
+def _tensors(cache: Cache) -> list[Tensor]:
+    memory = [tensor for pair in cache.memory if pair is not None for tensor in pair]
+    return [*cache.keys, *cache.values, *memory]
+
+
+def _next_tokens(
+    model: LanguageModel,
+    tokens: Tensor,
+    positions: Tensor,
+    draws: Tensor,
+    cache: Cache,
+    options: SamplingOptions,
+    length: int,
+) -> Tensor:
+    """One decoding step, without a look at any value: [B] -> [B]."""
+    states = model.decoder.step(model.embedding(tokens)[:, None], positions[:, None], cache, length)
+    return choose(model.decoder.head(states[:, 0]), options, draws)
 
 
 @torch.no_grad()
 def generate(
-    model: ReactiveTransformer,
+    model: LanguageModel,
     prompts: Sequence[Sequence[int]],
-    memory: Tensor,
+    memory: Tensor | None,
     options: SamplingOptions = SamplingOptions(),
+    seeds: Sequence[int] | None = None,
+    limits: Sequence[int] | None = None,
+    stepper: Stepper | None = None,
 ) -> Iterator[list[int | None]]:
-    """Answer a batch of prompts (`[BOS][Q]query[A]` ids of any lengths) over `memory` [L, B, S, D].
+    """Answer a batch of prompts (`[BOS][Q]query[A]` ids of any lengths) over `memory` [L, B, S, D] (None without one).
 
-    Yields, for every step, each row's next token, None where the row has ended. A row ends after `[EOS]`, when the
-    model's window is full, or after `max_new_tokens`. Raises DataError when a prompt leaves no room to answer.
+    Yields, for every step, each row's next token, None where the row has ended. A row ends after a stop token, when the
+    model's window is full, or after `max_new_tokens`, its own of `limits` if given. Raises DataError for a prompt that
+    is empty, leaves no room to answer or holds ids that the model does not have, ModelError for a memory that is not
+    this model's and for logits that are not finite.
     """
-    window = model.config.max_length
-    for row, prompt in enumerate(prompts):
-        if len(prompt) >= window:
-            raise DataError(f"prompt {row} has {len(prompt)} tokens: no room to answer in a window of {window}")
+    rows, window = len(prompts), model.config.max_length
+    ends = _last_lengths(model.config, prompts, options, limits)
+    if isinstance(model, ReactiveTransformer):
+        if memory is None:
+            raise ModelError("a Reactive Transformer answers over a memory: pass model.initial_memory(seeds)")
+        model.check_memory(memory, rows)
+    stepper = stepper or Stepper(model)
     device = model.embedding.weight.device
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    ids, mask = _right_padded(prompts, lengths)
-    positions = torch.arange(ids.shape[1], device=device).expand_as(ids)
-    cache = model.decoder.start_cache(memory, window)
-    states = model.decoder.step(model.embedding(ids), mask, positions, cache)
-    last = states[torch.arange(len(prompts), device=device), lengths - 1]
-    generators = [torch.Generator().manual_seed(options.seed + row) for row in range(len(prompts))]
-    alive = torch.ones(len(prompts), dtype=torch.bool, device=device)
-    limit = window if options.max_new_tokens is None else options.max_new_tokens
-    for _ in range(limit):
-        if not bool(alive.any()):
+    draws = _draws([options.seed + row for row in range(rows)] if seeds is None else seeds, options, window).to(device)
+
+    lengths = [len(prompt) for prompt in prompts]
+    at = torch.tensor(lengths, device=device)
+    ids, mask = _right_padded(prompts, at)
+    cache = stepper.start(memory, rows, max(ends))
+    states = model.decoder.prefill(model.embedding(ids), mask, cache)
+    last = states[torch.arange(rows, device=device), at - 1]
+    chosen = choose(model.decoder.head(last), options, draws[:, 0])
+    alive = [True] * rows
+    for turn in range(1, window + 1):
+        tokens = chosen.tolist()
+        if _NOT_FINITE in (token for token, live in zip(tokens, alive, strict=True) if live):
+            raise ModelError(
+                f"row {tokens.index(_NOT_FINITE)}: the logits of token {turn} are not finite: the weights or the "
+                "memory hold NaN or infinity"
+            )
+        yield [token if live else None for token, live in zip(tokens, alive, strict=True)]
+        lengths = [length + 1 for length in lengths]
+        alive = [
+            live and token not in options.stop and length < end
+            for live, token, length, end in zip(alive, tokens, lengths, ends, strict=True)
+        ]
+        if not any(alive):
             return
-        chosen = choose(model.head(last), options, generators)
-        yield [token if live else None for token, live in zip(chosen.tolist(), alive.tolist(), strict=True)]
-        alive = alive & (chosen != EOS) & (lengths + 1 < window)
-        positions = lengths.clamp(max=window - 1)[:, None]
-        lengths = lengths + 1
-        embedded = model.embedding(chosen.masked_fill(~alive, PAD)[:, None])
-        keep = torch.ones_like(positions, dtype=torch.bool)
-        last = model.decoder.step(embedded, keep, positions, cache)[:, 0]
+        # Rows that have ended go on with [PAD] at the last place of the cache: what they compute is not looked at.
+        places = [length - 1 if live else max(ends) - 1 for length, live in zip(lengths, alive, strict=True)]
+        chosen = chosen.where(torch.tensor(alive, device=device), PAD)
+        used = max(place for place, live in zip(places, alive, strict=True) if live) + 1
+        chosen = stepper.next(
+            chosen,
+            torch.tensor(places, device=device),
+            draws[:, min(turn, draws.shape[1] - 1)],
+            cache,
+            options,
+            max(used, 1),
+        )
 
 
-def choose(logits: Tensor, options: SamplingOptions, generators: Sequence[torch.Generator]) -> Tensor:
-    """The next token of each row [B] from logits [B, V]: greedy, or from the smallest set of mass `top_p`."""
+def _last_lengths(
+    config: ModelConfig, prompts: Sequence[Sequence[int]], options: SamplingOptions, limits: Sequence[int] | None
+) -> list[int]:
+    """Of each row, how long prompt and answer may get together. Raises DataError for prompts that can't be answered."""
+    if not prompts:
+        raise DataError("no prompts to answer")
+    ends = []
+    for row, prompt in enumerate(prompts):
+        if not prompt:
+            raise DataError(f"prompt {row} is empty")
+        if len(prompt) >= config.max_length:
+            raise DataError(
+                f"prompt {row} has {len(prompt)} tokens: no room to answer in a window of {config.max_length}"
+            )
+        if not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
+            raise DataError(
+                f"prompt {row} holds token id {max(prompt) if min(prompt) >= 0 else min(prompt)}: the model knows "
+                f"0 to {config.vocab_size - 1}; it was made with another tokenizer"
+            )
+        limit = options.max_new_tokens if limits is None else limits[row]
+        ends.append(config.max_length if limit is None else min(config.max_length, len(prompt) + limit))
+    return ends
+
+
+def _draws(seeds: Sequence[int], options: SamplingOptions, window: int) -> Tensor:
+    """Uniform numbers [B, window] in [0, 1), one for each token, each row's from its own seed; [B, 1] when greedy."""
     if options.temperature == 0:
-        return logits.argmax(dim=-1)
-    probabilities = (logits.float() / options.temperature).softmax(dim=-1)
-    ordered, order = probabilities.sort(dim=-1, descending=True)
-    ordered = ordered * (ordered.cumsum(dim=-1) - ordered < options.top_p)
-    picks = [torch.multinomial(row.cpu(), 1, generator=g) for row, g in zip(ordered, generators, strict=True)]
-    return order.gather(1, torch.stack(picks).to(order.device))[:, 0]
+        return torch.zeros(len(seeds), 1)
+    return torch.stack([torch.rand(window, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+
+def choose(logits: Tensor, options: SamplingOptions, draws: Tensor) -> Tensor:
+    """The next token of each row [B] from logits [B, V] and uniform `draws` [B]; -1 where a logit is not finite.
+
+    Drawn by inverting the cumulative distribution of the tokens that may be drawn.
+    """
+    broken = ~logits.isfinite().all(dim=-1)
+    if options.temperature == 0:
+        return logits.argmax(dim=-1).masked_fill(broken, _NOT_FINITE)
+    ordered = (logits.float() / options.temperature).softmax(dim=-1)
+    order = None
+    if options.top_k is not None or options.top_p < 1:
+        ordered, order = ordered.topk(min(options.top_k or ordered.shape[-1], ordered.shape[-1]), dim=-1)
+    before = ordered.cumsum(dim=-1) - ordered
+    ordered = ordered * (before < options.top_p * ordered.sum(dim=-1, keepdim=True))
+    ends = ordered.cumsum(dim=-1)
+    place = (ends <= draws[:, None] * ends[:, -1:]).sum(dim=-1, keepdim=True)
+    # Rounding may take a draw next to 1 past the end; the last token with any probability is where the sum is reached.
+    place = place.minimum((ends < ends[:, -1:]).sum(dim=-1, keepdim=True))
+    picked = place if order is None else order.gather(1, place)
+    return picked[:, 0].masked_fill(broken, _NOT_FINITE)
 
 
 def answer_batch(
-    model: ReactiveTransformer, prompts: Sequence[Sequence[int]], memory: Tensor, options: SamplingOptions
+    model: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    memory: Tensor | None,
+    options: SamplingOptions,
+    seeds: Sequence[int] | None = None,
+    limits: Sequence[int] | None = None,
+    stepper: Stepper | None = None,
 ) -> list[list[int]]:
-    """The whole answers (with `[EOS]` where the model gave one) of a batch of prompts."""
+    """The whole answers (with the stop token where the model gave one) of a batch of prompts, see `generate`."""
     answers: list[list[int]] = [[] for _ in prompts]
-    for step in generate(model, prompts, memory, options):
+    for step in generate(model, prompts, memory, options, seeds, limits, stepper):
         for answer, token in zip(answers, step, strict=True):
             if token is not None:
                 answer.append(token)
@@ -107,24 +316,47 @@ def answer_batch(
 
 
 @torch.no_grad()
-def interact(
-    model: ReactiveTransformer, prompt: Sequence[int], memory: Tensor, options: SamplingOptions = SamplingOptions()
-) -> Iterator[Event]:
-    """One turn of a conversation: the answer's tokens, then the memory [L, 1, S, D] written with query and answer."""
-    answer: list[int] = []
-    for (token,) in generate(model, [prompt], memory, options):
-        assert token is not None  # a single row's generation stops when it ends
-        answer.append(token)
-        yield Token(token)
+def interact_batch(
+    model: ReactiveTransformer,
+    prompts: Sequence[Sequence[int]],
+    memory: Tensor,
+    options: SamplingOptions = SamplingOptions(),
+    seeds: Sequence[int] | None = None,
+    stepper: Stepper | None = None,
+) -> Iterator[BatchEvent]:
+    """One turn of a batch of conversations: their answers' tokens, then the memory written with query and answer."""
+    interactions = [list(prompt) for prompt in prompts]
+    for step in generate(model, prompts, memory, options, seeds, stepper=stepper):
+        for interaction, token in zip(interactions, step, strict=True):
+            if token is not None:
+                interaction.append(token)
+        yield Tokens(step)
     yield MemoryUpdateStarted()
-    ids = torch.tensor([[*prompt, *answer]], device=memory.device)
-    written = model.write(memory, ids, torch.ones_like(ids, dtype=torch.bool))
+    device = memory.device
+    ids, mask = _right_padded(interactions, torch.tensor([len(row) for row in interactions], device=device))
+    written = model.write(memory, ids, mask if len(interactions) > 1 else None)
     yield MemoryUpdated(written, float((written - memory).norm() / memory.norm()))
 
 
-def _right_padded(prompts: Sequence[Sequence[int]], lengths: Tensor) -> tuple[Tensor, Tensor]:
+def interact(
+    model: ReactiveTransformer,
+    prompt: Sequence[int],
+    memory: Tensor,
+    options: SamplingOptions = SamplingOptions(),
+    stepper: Stepper | None = None,
+) -> Iterator[Event]:
+    """One turn of one conversation, see `interact_batch`."""
+    for event in interact_batch(model, [prompt], memory, options, stepper=stepper):
+        if isinstance(event, Tokens):
+            (token,) = event.ids
+            assert token is not None  # a single row's generation stops when it ends
+            yield Token(token)
+        else:
+            yield event
+
+
+def _right_padded(rows: Sequence[Sequence[int]], lengths: Tensor) -> tuple[Tensor, Tensor]:
     """Ids and mask [B, T]."""
-    longest = int(lengths.max())
-    rows = [[*prompt, *[PAD] * (longest - len(prompt))] for prompt in prompts]
-    ids = torch.tensor(rows, device=lengths.device)
+    longest = max(map(len, rows))
+    ids = torch.tensor([[*row, *[PAD] * (longest - len(row))] for row in rows], device=lengths.device)
     return ids, torch.arange(longest, device=lengths.device) < lengths[:, None]

@@ -9,57 +9,97 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from rxt_platform.config.model import MemoryConfig, ModelConfig
+from rxt_platform.config.model import GateActivation, GateKind, MemoryConfig, ModelConfig
 from rxt_platform.model.attention import Attention, RotaryEmbedding
 
 _FIXED_SEED = 20_260_101  # of the `fixed` initial memory: part of the architecture, like a positional table
+_NORMAL_DEVIATION = 0.02
 
 
 class ResidualGate(nn.Module):
-    """Blend old and new per slot, `g * new + (1 - g) * old`, g = sigmoid of a static, elementwise or linear value."""
+    """Blend an old and a new state by a gate for each slot, or one for all slots (REF 1.8).
 
-    def __init__(self, slots: int, kind: str) -> None:
+    With s the mean of `old + new` over the channels, the gate is the activation of: `static` w; `elementwise` w * s;
+    `linear` W s + b, which mixes the slots. sigmoid: `g * new + (1 - g) * old`; tanh: `(1 + g) * new + (1 - g) * old`;
+    none: `old + new`, without parameters.
+    """
+
+    def __init__(
+        self, slots: int, kind: GateKind, activation: GateActivation = "sigmoid", per_slot: bool = True
+    ) -> None:
         super().__init__()
-        self.kind = kind
-        if kind == "linear":
-            self.linear = nn.Linear(slots, slots)
-        else:
-            self.weight = nn.Parameter(torch.full((slots,), 3.0 if kind == "static" else 1.0))
+        self.kind, self.activation = kind, activation
+        gates = slots if per_slot else 1
+        if activation != "none" and kind == "linear":
+            self.linear = nn.Linear(slots, gates)
+        elif activation != "none":
+            self.weight = nn.Parameter(torch.full((gates,), 3.0 if kind == "static" else 1.0))
 
     def forward(self, old: Tensor, new: Tensor) -> Tensor:
         """[B, S, D], [B, S, D] -> [B, S, D]."""
+        if self.activation == "none":
+            return old + new
+        value: Tensor
         if self.kind == "static":
-            value = self.weight.expand(old.shape[:-1])
+            value = self.weight
         else:
             summary = (old + new).mean(dim=-1)
             value = self.linear(summary) if self.kind == "linear" else self.weight * summary
-        gate = value.sigmoid().unsqueeze(-1)
+        value = value.unsqueeze(-1)
+        if self.activation == "tanh":
+            gate = value.tanh()
+            return (1 + gate) * new + (1 - gate) * old
+        gate = value.sigmoid()
         return gate * new + (1 - gate) * old
 
 
 class MemoryLayer(nn.Module):
-    """One layer of interlayer memory attention: slots first read the mean of all layers, then the encoded tokens."""
+    """One layer of memory attention: slots may read other slots first, then they read the encoded tokens.
+
+    What they read first, by variant: nothing (simple), their own layer (self), the mean of all layers (interlayer), or
+    a gated blend of own layer and mean (self-interlayer; grouped: the mean of the layer's group).
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         memory, size, eps = config.memory, config.hidden_size, config.norm_eps
-        self.self_norm = nn.RMSNorm(size, eps)
-        self.self_attention = Attention(size, config.head_size, memory.attention)
-        self.self_gate = ResidualGate(memory.slots, memory.gate)
+
+        def gate(gated: bool = True) -> ResidualGate:
+            return ResidualGate(
+                memory.slots, memory.gate, memory.gate_activation if gated else "none", memory.gate_per_slot
+            )
+
+        self.variant = memory.variant
+        if self.variant != "simple":
+            self.self_norm = nn.RMSNorm(size, eps)
+            self.self_attention = Attention(size, config.head_size, memory.attention, eps)
+            self.self_gate = gate(memory.gate_self_attention)
+        if self.variant.endswith("self-interlayer"):
+            self.inner_gate = gate()
         self.memory_norm = nn.RMSNorm(size, eps)
         self.encoded_norm = nn.RMSNorm(size, eps)
-        self.write_attention = Attention(size, config.head_size, memory.attention)
-        self.write_gate = ResidualGate(memory.slots, memory.gate)
+        self.write_attention = Attention(size, config.head_size, memory.attention, eps)
+        self.write_gate = gate()
 
     def forward(
-        self, slots: Tensor, mean: Tensor, encoded: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor
+        self, slots: Tensor, mean: Tensor, encoded: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None
     ) -> Tensor:
         """New slots [B, S, D] from old `slots`, the normalised layer `mean` and `encoded` tokens [B, T, D]."""
-        across = self.self_attention.attend(self.self_norm(slots), self.self_attention.keys_values(mean))
-        slots = self.self_gate(slots, across)
+        if self.variant != "simple":
+            slots = self._read_slots(slots, mean)
         tokens = self.write_attention.keys_values(self.encoded_norm(encoded), rotary)
         update = self.write_attention.attend(self.memory_norm(slots), tokens, mask=mask)
         return self.write_gate(slots, update)
+
+    def _read_slots(self, slots: Tensor, mean: Tensor) -> Tensor:
+        own = self.self_norm(slots)
+        if self.variant == "self":
+            source = own
+        elif self.variant == "interlayer":
+            source = mean
+        else:
+            source = self.inner_gate(own, mean)
+        return self.self_gate(slots, self.self_attention.attend(own, self.self_attention.keys_values(source)))
 
 
 class MemoryAttention(nn.Module):
@@ -67,28 +107,49 @@ class MemoryAttention(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.mean_norm = nn.RMSNorm(config.hidden_size, config.norm_eps)
+        self.groups = config.memory.groups
+        averages = config.memory.variant not in ("simple", "self")
+        self.mean_norm = nn.RMSNorm(config.hidden_size, config.norm_eps) if averages else None
         self.layers = cast("Sequence[MemoryLayer]", nn.ModuleList(MemoryLayer(config) for _ in range(config.layers)))
         self.rotary = RotaryEmbedding(config.head_size, config.rope_base)
 
-    def forward(self, memory: Tensor, encoded: Tensor, mask: Tensor) -> Tensor:
-        """The memory after one write. `mask` [B, T] is True at real tokens; every row needs at least one."""
+    def forward(self, memory: Tensor, encoded: Tensor, mask: Tensor | None) -> Tensor:
+        """The memory after one write. `mask` [B, T] is True at real tokens; every row needs at least one.
+
+        Layers read the mean of the memory before the write, their own layer included.
+        """
         rotary = self.rotary(torch.arange(encoded.shape[2], device=encoded.device))
-        mean = self.mean_norm(memory.mean(dim=0))
-        keys = mask[:, None, None, :]
-        return torch.stack([layer(memory[i], mean, encoded[i], rotary, keys) for i, layer in enumerate(self.layers)])
+        means = memory  # not read by the variants without a mean
+        if self.mean_norm is not None:
+            means = self.mean_norm(memory.unflatten(0, (self.groups, -1)).mean(dim=1))
+        in_group = len(self.layers) // self.groups
+        keys = None if mask is None else mask[:, None, None, :]
+        return torch.stack(
+            [layer(memory[i], means[i // in_group], encoded[i], rotary, keys) for i, layer in enumerate(self.layers)]
+        )
 
 
 def initial_memory(config: ModelConfig, seeds: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The memory [L, B, S, D] that conversations start from: N(0, 1), one seed (`seeds` [B]) per conversation.
+    """The memory [L, B, S, D] that conversations start from, one seed (`seeds` [B]) per conversation (REF 1.7).
 
     A row depends on its own seed only, so that it is the same however a batch is split over workers.
     """
     memory: MemoryConfig = config.memory
     shape = (config.layers, memory.slots, config.hidden_size)
-    generator = torch.Generator()
-    if memory.initialization == "fixed":
-        row = torch.randn(shape, generator=generator.manual_seed(_FIXED_SEED))
-        return row.unsqueeze(1).expand(-1, len(seeds), -1, -1).to(device, dtype)
-    rows = [torch.randn(shape, generator=generator.manual_seed(seed)) for seed in seeds.tolist()]
-    return torch.stack(rows, dim=1).to(device, dtype)
+    kind = memory.initialization
+    if kind in ("standard", "normal", "uniform"):
+        rows = torch.stack([_draw(kind, shape, seed) for seed in seeds.tolist()], dim=1)
+        return rows.to(device, dtype)
+    row = _fixed(shape) if kind == "fixed" else torch.full(shape, 1.0 if kind == "ones" else 0.0)
+    return row.unsqueeze(1).expand(-1, len(seeds), -1, -1).to(device, dtype)
+
+
+def _draw(kind: str, shape: tuple[int, ...], seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    if kind == "uniform":
+        return torch.rand(shape, generator=generator)
+    return torch.randn(shape, generator=generator) * (1.0 if kind == "standard" else _NORMAL_DEVIATION)
+
+
+def _fixed(shape: tuple[int, ...]) -> Tensor:
+    return _draw("standard", shape, _FIXED_SEED)

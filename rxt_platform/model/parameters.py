@@ -1,26 +1,50 @@
-"""Which component a parameter belongs to, and how many each component has (REF 2.2)."""
+"""How large a model is: which component a parameter belongs to, counts (REF 2.2), bytes, FLOPs. On the meta device."""
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import nn
 
 from rxt_platform.config.model import ModelConfig
 from rxt_platform.config.stages import Component
+from rxt_platform.model.attention import Attention
 from rxt_platform.model.feedforward import MixtureOfExperts
 from rxt_platform.model.transformer import ReactiveTransformer
 
 
 @dataclass(frozen=True)
 class Count:
-    """Parameters of a component, and those that one token uses (`experts_per_token` of the experts)."""
+    """Parameters of a component, and those that one token uses (k of the routed experts)."""
 
     parameters: int
     active: int
 
 
-def component_of(name: str) -> Component:
-    """The component of a parameter of `ReactiveTransformer`, by its name."""
+@dataclass(frozen=True)
+class ModelSize:
+    """What a model takes.
+
+    components        decoder and encoder (each with the shared embedding), memory_attention, mlm_head
+    total             all but the MLM head, the shared embedding counted once
+    weight_bytes      of `total`, by precision
+    memory            numbers in one conversation's memory, L * S * D, and its bytes by precision
+    flops_per_token   decode: one generated token, with a full window and the memory read; write: encoding and writing a
+                      full window, for each of its tokens. Multiply-add = 2; matrix products only.
+    """
+
+    components: dict[str, Count]
+    total: Count
+    weight_bytes: dict[str, int]
+    memory: dict[str, int]
+    flops_per_token: dict[str, int]
+
+
+def component_of(name: str) -> Component | Literal["frozen"]:
+    """The component of a parameter of `ReactiveTransformer`, by its name; "frozen" is never trained."""
+    if ".frozen_memory." in name:
+        return "frozen"
     if name.startswith("embedding."):
         return "embedding"
     if name.startswith("encoder."):
@@ -34,34 +58,122 @@ def component_of(name: str) -> Component:
     return "decoder"
 
 
-def count_parameters(config: ModelConfig) -> dict[str, Count]:
-    """Decoder and encoder (each with the shared embedding), memory attention, MLM head and `total`.
-
-    `total` is the model without the MLM head, the shared embedding counted once. Counted on the meta device.
-    """
+def measure_size(config: ModelConfig) -> ModelSize:
+    """Sizes of a model that need not fit anywhere."""
     with torch.device("meta"):
         model = ReactiveTransformer(config)
-    embedding = _count(model.embedding).parameters
-    decoder, encoder = _count(model.decoder), _count(model.encoder)
-    memory, head = _count(model.memory_attention), _count(model.mlm_head)
-    return {
-        "decoder": Count(decoder.parameters + embedding, decoder.active + embedding),
-        "encoder": Count(encoder.parameters + embedding, encoder.active + embedding),
-        "memory_attention": memory,
-        "mlm_head": head,
-        "total": Count(
-            embedding + decoder.parameters + encoder.parameters + memory.parameters,
-            embedding + decoder.active + encoder.active + memory.active,
-        ),
-    }
+    embedding = count(model.embedding).parameters
+    decoder, encoder = count(model.decoder), count(model.encoder)
+    memory, head = count(model.memory_attention), count(model.mlm_head)
+    total = Count(
+        embedding + decoder.parameters + encoder.parameters + memory.parameters,
+        embedding + decoder.active + encoder.active + memory.active,
+    )
+    state = config.layers * config.memory.slots * config.hidden_size
+    return ModelSize(
+        components={
+            "decoder": Count(decoder.parameters + embedding, decoder.active + embedding),
+            "encoder": Count(encoder.parameters + embedding, encoder.active + embedding),
+            "memory_attention": memory,
+            "mlm_head": head,
+        },
+        total=total,
+        weight_bytes={"fp32": 4 * total.parameters, "bf16": 2 * total.parameters},
+        memory={"numbers": state, "fp32": 4 * state, "bf16": 2 * state},
+        flops_per_token={"decode": decode_flops(model), "write": write_flops(model)},
+    )
 
 
-def _count(module: nn.Module) -> Count:
+def count(module: nn.Module) -> Count:
+    """Parameters of a module, all and active."""
     total = sum(parameter.numel() for parameter in module.parameters())
     idle = 0
     for part in module.modules():
         if isinstance(part, MixtureOfExperts):
-            experts = (part.input_weight, part.input_bias, part.output_weight, part.output_bias)
-            size = sum(parameter.numel() for parameter in experts)
-            idle += size * (part.experts - part.experts_per_token) // part.experts
+            size = sum(parameter.numel() for parameter in _routed(part))
+            idle += size * (part.config.number - part.config.per_token) // part.config.number
     return Count(total, total - idle)
+
+
+def decode_flops(model: ReactiveTransformer) -> int:
+    """FLOPs of one generated token: every product with a weight, and attention to a full window and all slots."""
+    config, flops = model.config, _product_flops(model.decoder)
+    for layer in model.decoder.layers:
+        flops += _reading_flops(layer.self_attention, config.max_length)
+        if layer.stateful:
+            flops += _reading_flops(layer.cross_attention, config.memory.slots)
+            flops -= _product_flops(layer.cross_attention.key) + _product_flops(layer.cross_attention.value)
+    return flops
+
+
+def write_flops(model: ReactiveTransformer) -> int:
+    """FLOPs of encoding and writing a full window and projecting the memory's new keys and values, for each token."""
+    config = model.config
+    window, slots = config.max_length, config.memory.slots
+    flops = window * _product_flops(model.encoder)
+    for layer in model.encoder.layers:
+        flops += window * _reading_flops(layer.attention, window)
+    for written in model.memory_attention.layers:
+        write = written.write_attention
+        keys = _product_flops(write.key) + _product_flops(write.value)
+        flops += window * keys + slots * (_product_flops(write) - keys + _reading_flops(write, window))
+        if written.variant != "simple":
+            own = written.self_attention
+            flops += slots * (_product_flops(own) + _reading_flops(own, slots))
+    for read in model.decoder.layers:
+        if read.stateful:
+            cross = read.cross_attention
+            flops += slots * (_product_flops(cross.key) + _product_flops(cross.value))
+    return flops // window
+
+
+def _routed(mixture: MixtureOfExperts) -> Iterable[nn.Parameter]:
+    weights = (mixture.input_weight, mixture.input_bias, mixture.output_weight, mixture.output_bias)
+    return [weight for weight in weights if weight is not None]
+
+
+def _product_flops(module: nn.Module) -> int:
+    """2 * the weights that one token is multiplied with."""
+    flops = 0
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            flops += 2 * part.weight.numel()
+        elif isinstance(part, MixtureOfExperts):
+            routed = part.input_weight.numel() + part.output_weight.numel()
+            flops += 2 * routed * part.config.per_token // part.config.number
+    return flops
+
+
+def _reading_flops(attention: Attention, context: int) -> int:
+    """Scores and weighted values of one query token over `context` positions."""
+    return 4 * max(attention.query_heads, attention.key_value_heads) * attention.head_size * context
+
+
+def render_sizes(sizes: Mapping[str, ModelSize]) -> str:
+    """A table of models, one row each."""
+    columns = ("decoder", "active", "encoder", "memory att.", "MLM head", "total", "bf16", "STM bf16", "FLOPs/token")
+    lines = [f"{'model':<16}" + "".join(f"{name:>15}" for name in columns)]
+    for name, size in sizes.items():
+        parts = size.components
+        numbers = (
+            parts["decoder"].parameters,
+            parts["decoder"].active,
+            *(parts[part].parameters for part in ("encoder", "memory_attention", "mlm_head")),
+            size.total.parameters,
+        )
+        texts = [
+            *(f"{number:,}" for number in numbers),
+            _mebibytes(size.weight_bytes["bf16"]),
+            _mebibytes(size.memory["bf16"]),
+            f"{size.flops_per_token['decode'] / 1e6:,.1f}M",
+        ]
+        lines.append(f"{name:<16}" + "".join(f"{text:>15}" for text in texts))
+    lines.append(
+        "Decoder and encoder each count the embedding that they share; total counts it once, without the MLM head.\n"
+        "STM: one conversation's memory. FLOPs: one generated token with a full window; --json has more."
+    )
+    return "\n".join(lines)
+
+
+def _mebibytes(size: int) -> str:
+    return f"{size / 2**20:,.2f} MiB"

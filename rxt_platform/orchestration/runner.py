@@ -19,7 +19,7 @@ from rxt_platform.config.run import RunConfig
 from rxt_platform.errors import ArtifactError, BusyError
 from rxt_platform.evaluation.recall import mean_recall
 from rxt_platform.evaluation.report import REPORT_FILES, Report, render_table, write_report
-from rxt_platform.model.parameters import count_parameters
+from rxt_platform.model.parameters import measure_size
 from rxt_platform.orchestration import ray_jobs
 from rxt_platform.orchestration.evaluate import RESULT, evaluate_run
 from rxt_platform.orchestration.plan import Step, build_plan, in_temporary_copy
@@ -189,6 +189,7 @@ def _tags(step: Step, status: str) -> dict[str, str]:
 def _report(run: _Run, plan: list[Step], seconds: float) -> Report:
     """The run's report, from its artifacts."""
     evaluation = json.loads((plan[-1].artifact / RESULT).read_text())
+    size = measure_size(run.config.model)
     trained = [outcome for outcome in run.outcomes if outcome.step.kind == "training"]
     report: Report = {
         "name": run.config.name,
@@ -198,7 +199,8 @@ def _report(run: _Run, plan: list[Step], seconds: float) -> Report:
         "model": str(trained[-1].step.artifact),
         "versions": {"python": platform.python_version()}
         | {lib: importlib.metadata.version(lib) for lib in _LIBRARIES},
-        "parameters": {name: count.parameters for name, count in count_parameters(run.config.model).items()},
+        "parameters": {name: count.parameters for name, count in size.components.items()}
+        | {"total": size.total.parameters},
         "steps": [
             {
                 "name": outcome.step.name,

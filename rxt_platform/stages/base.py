@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
@@ -25,11 +25,18 @@ class Phase:
 class LossReport:
     """A part's contribution to the loss of the global batch.
 
-    `loss` and every metric add up: over micro-batches and ranks their sums are the global batch's values.
+    All of it adds up: over micro-batches and ranks the sums are the global batch's values. `usage` [M, E] counts the
+    real tokens that each mixture layer sent to each expert.
     """
 
     loss: Tensor
     metrics: dict[str, Tensor] = field(default_factory=dict)
+    usage: Tensor | None = None
+
+    def using(self, usage: Tensor) -> Self:
+        """The same report with the experts' usage."""
+        self.usage = usage.detach() if usage.numel() else None
+        return self
 
 
 class Stage(Protocol):

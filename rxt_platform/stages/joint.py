@@ -53,8 +53,8 @@ class JointStage:
         ids, mask, targets = batch.ids[:, 0], batch.mask[:, 0], batch.targets[:, 0]
         hidden = batch.hidden[:, 0]
         encoded = model.encode(ids.masked_fill(hidden, MASK), mask)
-        guesses = model.mlm_head(encoded[-1][hidden])
-        masked_loss = F.cross_entropy(guesses.float(), ids[hidden], reduction="sum") / max(batch.total_hidden, 1)
+        masked, _ = model.mlm_head(encoded[-1][hidden], ids[hidden])
+        masked_loss = masked / max(batch.total_hidden, 1)
 
         memory, readable = self._memory(model, encoded.detach(), mask, batch.seeds, decoder_only)
         decoded = model.decode_states(ids, mask, memory, readable)
@@ -70,7 +70,7 @@ class JointStage:
             masked_loss=masked_loss,
             accuracy=correct / batch.total_targets,
             balance=balance,
-        )
+        ).using(decoded.usage)
 
     def _memory(
         self, model: ReactiveTransformer, encoded: Tensor, mask: Tensor, seeds: Tensor, decoder_only: float

@@ -66,17 +66,19 @@ class MemoryAwareStage:
             change = change + (moved * batch.turns[:, turn]).sum() / max(batch.total_follow_ups, 1)
         summed = balance = torch.zeros((), device=batch.ids.device)
         correct = torch.zeros((), device=batch.ids.device, dtype=torch.int64)
+        usage: list[Tensor] = []
         for turns, length in turn_groups(batch):
             ids = batch.ids[:, turns, :length].transpose(0, 1).flatten(0, 1)
-            mask = batch.mask[:, turns, :length].transpose(0, 1).flatten(0, 1)
+            present = batch.turns[:, turns].transpose(0, 1).flatten()
+            mask = batch.mask[:, turns, :length].transpose(0, 1).flatten(0, 1) & present[:, None]
             targets = batch.targets[:, turns, :length].transpose(0, 1).flatten(0, 1)
             memory = torch.cat(memories[turns], dim=1)
             frozen = "embedding" not in phase.trains
             decoded = model.decode_states(ids, mask, memory, frozen_embedding=frozen)
             group_loss, group_correct = target_loss(model, decoded.states, ids, targets)
             summed, correct = summed + group_loss, correct + group_correct
-            present = batch.turns[:, turns].transpose(0, 1).flatten()
-            balance = balance + (decoded.balance * present).sum() / batch.total_turns
+            balance = balance + decoded.balance.sum() / batch.total_turns
+            usage.append(decoded.usage)
         answer_loss = summed / batch.total_targets
         return with_metrics(
             answer_loss + self.config.balance_weight * balance,
@@ -84,7 +86,7 @@ class MemoryAwareStage:
             accuracy=correct / batch.total_targets,
             balance=balance,
             memory_change=change,
-        )
+        ).using(torch.stack(usage).sum(dim=0))
 
     def evaluate(self, model: ReactiveTransformer, batch: Batch, phase: Phase) -> LossReport:
         """The training loss, on held-out conversations."""

@@ -147,20 +147,25 @@ class Engine:
         set_learning_rates(self.optimizer, self.stage.config.optimizer, rate, phase)
         batch = self.stage.sampler.global_batch(step)
         totals: Metrics = {}
+        usage: Tensor | None = None
         norm = math.nan
         for part in range(self.accumulation):
             start = self.rank * self.rows + part * self.micro
             report = self.engine(batch.part(start, start + self.micro).to(self.settings.device), phase)
             # DeepSpeed averages over micro-batches and ranks; parts of our loss add up.
             self.engine.backward(report.loss * (self.world * self.accumulation))
-            _add(totals, self._over_ranks(report))
+            metrics, used = self._over_ranks(report)
+            _add(totals, metrics)
+            usage = used if usage is None or used is None else usage + used
             if not math.isfinite(totals["objective"]):
                 raise TrainingError(
                     f"step {step + 1}: the loss is {totals['objective']}; rows of the batch: {batch.rows.tolist()}. "
                     "Nothing was updated; lower the learning rate or look at these rows"
                 )
             norm = self._update(step)
-        return {**totals, "gradient_norm": norm, "learning_rate": rate, "tokens": batch.tokens}
+        if usage is not None:
+            self.engine.module.model.rebalance(usage)
+        return {**totals, **expert_load(usage), "gradient_norm": norm, "learning_rate": rate, "tokens": batch.tokens}
 
     def _update(self, step: int) -> float:
         """Let DeepSpeed step; at the end of an accumulation that updates the weights. Returns the gradient norm.
@@ -178,11 +183,17 @@ class Engine:
             _check_norm(step, norm)
         return math.nan if norm is None else norm
 
-    def _over_ranks(self, report: LossReport) -> Metrics:
+    def _over_ranks(self, report: LossReport) -> tuple[Metrics, Tensor | None]:
+        """Sums over the ranks, in one reduction: the metrics, and the experts' usage [M, E]."""
         names = ["objective", *report.metrics]
         values = torch.stack([report.loss.detach().float(), *report.metrics.values()])
-        dist.all_reduce(values)
-        return dict(zip(names, values.tolist(), strict=True))
+        if report.usage is None:
+            dist.all_reduce(values)
+            return dict(zip(names, values.tolist(), strict=True)), None
+        both = torch.cat([values, report.usage.flatten()])
+        dist.all_reduce(both)
+        values, usage = both.split([len(names), report.usage.numel()])
+        return dict(zip(names, values.tolist(), strict=True)), usage.view_as(report.usage)
 
     @torch.no_grad()
     def evaluate(self, validation: list[Batch]) -> Metrics:
@@ -190,13 +201,16 @@ class Engine:
         self.engine.eval()
         sums: Metrics = {}
         weights: Metrics = {}
+        usage: Tensor | None = None
         for batch in validation:
             report = self.engine(batch.to(self.settings.device), self.phases[-1], held_out=True)
             counts = {name: float(getattr(batch, self.stage.mean_over[name])) for name in report.metrics}
             _add(sums, {name: float(value) * counts[name] for name, value in report.metrics.items()})
             _add(weights, counts)
+            if report.usage is not None:
+                usage = report.usage if usage is None else usage + report.usage
         self.engine.train()
-        return {name: value / max(weights[name], 1.0) for name, value in sums.items()}
+        return {**{name: value / max(weights[name], 1.0) for name, value in sums.items()}, **expert_load(usage)}
 
     def full_state(self) -> dict[str, Tensor]:
         """All weights, gathered from the ranks' partitions: fp32 masters, and what was never trained as it was."""
@@ -208,7 +222,7 @@ class Engine:
             return dict(model.state_dict())
         import deepspeed
 
-        state = {}
+        state = {name: buffer.detach().cpu().clone() for name, buffer in model.named_buffers()}
         for name, parameter in model.named_parameters():
             if name in self.untrained:
                 state[name] = self.untrained[name]
@@ -235,6 +249,17 @@ class _Window:
         seconds = time.monotonic() - self.started
         means = {name: value / self.steps for name, value in self.sums.items() if name != "tokens"}
         return {**means, "tokens_per_second": self.sums["tokens"] / seconds, "step_seconds": seconds / self.steps}
+
+
+def expert_load(usage: Tensor | None) -> Metrics:
+    """Tokens of the busiest and of the idlest expert, as multiples of a fair share, from `usage` [M, E].
+
+    1 and 1 when balanced; E / k and 0 when all tokens go to the same k experts. Nothing without experts.
+    """
+    if usage is None:
+        return {}
+    load = usage / usage.mean(dim=1, keepdim=True).clamp(min=1e-9)
+    return {"expert_load_max": float(load.max()), "expert_load_min": float(load.min())}
 
 
 def _check_norm(step: int, norm: float) -> None:

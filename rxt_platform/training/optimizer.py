@@ -21,7 +21,7 @@ def build_optimizer(model: ReactiveTransformer, config: OptimizerConfig, phases:
     for name, parameter in model.named_parameters():
         component = component_of(name)
         parameter.requires_grad_(component in trained)
-        if component in trained:
+        if component != "frozen" and component in trained:
             groups.setdefault(component, []).append(parameter)
     return torch.optim.AdamW(
         [{"params": parameters, "component": component} for component, parameters in groups.items()],

@@ -29,9 +29,7 @@ def tiny_config(memory: dict[str, Any] | None = None, **changes: Any) -> ModelCo
         "decoder": {
             "self_attention": sparse,
             "cross_attention": {"query_heads": 2, "key_value_heads": 1},
-            "feed_forward_size": 32,
-            "experts": 3,
-            "experts_per_token": 2,
+            "experts": {"number": 3, "per_token": 2, "size": 32},
         },
         "memory": {"slots": 8, "attention": sparse, **(memory or {})},
     }

@@ -103,7 +103,7 @@ def test_stage_name_typo(capsys: pytest.CaptureFixture[str], storage: list[str])
 
 def test_unknown_preset(capsys: pytest.CaptureFixture[str], storage: list[str]) -> None:
     message = error_of(capsys, QUICKSTART, *storage, "model.preset=tny")
-    assert "model.preset: unknown preset 'tny'; did you mean 'tiny'? presets: alpha-nano, tiny" in message
+    assert "model.preset: unknown preset 'tny'; did you mean 'tiny'? presets: alpha-micro, " in message
 
 
 def test_start_from_an_artifact_that_was_altered(

@@ -268,7 +268,7 @@ def test_a_stage_name_that_is_no_plain_folder_name_is_refused(runs: Runs) -> Non
     ("overrides", "words"),
     [
         (["model.heads=3"], ["hidden_size (128)", "heads (3)"]),
-        (["model.decoder.experts_per_token=9"], ["experts_per_token (9)", "experts (4)"]),
+        (["model.decoder.experts.per_token=9"], ["per_token (9)", "experts (4)"]),
         (["model.encoder.attention.key_value_heads=3"], ["query_heads (4)", "key_value_heads (3)"]),
     ],
 )

@@ -98,10 +98,10 @@ def test_rows_of_a_batch_sample_independently() -> None:
 
 def test_sampling_follows_the_temperature_and_keeps_the_nucleus() -> None:
     logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log().expand(4000, 4)
-    generators = [torch.Generator().manual_seed(seed) for seed in range(4000)]
+    draws = torch.rand(4000, generator=torch.Generator().manual_seed(0))
 
     def shares(**options: float) -> list[float]:
-        picks = choose(logits, SamplingOptions(**options), generators)  # type: ignore[arg-type]
+        picks = choose(logits, SamplingOptions(**options), draws)  # type: ignore[arg-type]
         return [float((picks == token).float().mean()) for token in range(4)]
 
     assert shares(temperature=1.0) == pytest.approx([0.4, 0.3, 0.2, 0.1], abs=0.04)

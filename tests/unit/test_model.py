@@ -1,38 +1,29 @@
 """Promises of the Reactive Transformer: sizes, padding, causality, memory as a value, gates, positions, experts."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rxt_platform.config.loading import load_preset
+from rxt_platform.config.model import ExpertsConfig
 from rxt_platform.model.attention import RotaryEmbedding, rotate
-from rxt_platform.model.feedforward import MixtureOfExperts, SwiGLU, balance_loss
+from rxt_platform.model.feedforward import MixtureOfExperts, RealTokens, SwiGLU, balance_loss
 from rxt_platform.model.memory import ResidualGate
-from rxt_platform.model.parameters import component_of, count_parameters
+from rxt_platform.model.parameters import component_of, measure_size
 from tests.unit.helpers import FIRST_WORD, gradients, padded, rows_of, tiny_config, tiny_model
 
 SEEDS = torch.tensor([5, 6, 7])
 
 
-def test_alpha_nano_has_exactly_the_published_parameter_counts() -> None:
-    counts = count_parameters(load_preset("alpha-nano"))
-    assert {name: count.parameters for name, count in counts.items()} == {
-        "decoder": 9_458_508,
-        "encoder": 2_049_024,
-        "memory_attention": 1_186_688,
-        "mlm_head": 984_268,
-        "total": 11_734_220,
-    }
-    assert counts["decoder"].active == 3_521_868
-
-
 def test_counted_parameters_are_those_of_a_real_model() -> None:
     config = tiny_config()
-    model, counts = tiny_model(config), count_parameters(config)
+    model, size = tiny_model(config), measure_size(config)
     total = sum(p.numel() for p in model.parameters())
-    assert total == counts["total"].parameters + counts["mlm_head"].parameters
-    assert counts["memory_attention"].parameters == sum(p.numel() for p in model.memory_attention.parameters())
+    assert total == size.total.parameters + size.components["mlm_head"].parameters
+    written = sum(p.numel() for p in model.memory_attention.parameters())
+    assert size.components["memory_attention"].parameters == written
 
 
 def test_every_component_of_the_model_is_known_by_its_parameter_names() -> None:
@@ -309,10 +300,15 @@ def test_swiglu_gates_the_first_half_by_the_second() -> None:
     assert float(layer(torch.tensor([2.0])).detach()) == pytest.approx(expected, abs=1e-5)
 
 
+def mixture(experts: int, chosen: int, **settings: Any) -> MixtureOfExperts:
+    """A mixture of 16 channels with experts 8 wide."""
+    return MixtureOfExperts(16, ExpertsConfig(number=experts, per_token=chosen, size=8, **settings))
+
+
 def plain_mixture(layer: MixtureOfExperts, x: Tensor) -> Tensor:
     """One token [D] through its best experts, as REF 1.5 says it."""
     probabilities = (layer.router.weight @ x).softmax(dim=0)
-    best = sorted(range(layer.experts), key=lambda e: -float(probabilities[e].detach()))[: layer.experts_per_token]
+    best = sorted(range(layer.config.number), key=lambda e: -float(probabilities[e].detach()))[: layer.config.per_token]
     total = sum(probabilities[e] for e in best)
     result = torch.zeros_like(x)
     for e in best:
@@ -325,11 +321,11 @@ def plain_mixture(layer: MixtureOfExperts, x: Tensor) -> Tensor:
 @pytest.mark.parametrize(("experts", "chosen"), [(4, 1), (5, 2), (3, 3)])
 def test_experts_give_what_a_plain_loop_over_tokens_gives(experts: int, chosen: int) -> None:
     torch.manual_seed(1)
-    layer = MixtureOfExperts(16, 8, experts, chosen)
+    layer = mixture(experts, chosen)
     x = torch.randn(3, 7, 16)
     mask = torch.arange(7) < torch.tensor([[7], [2], [5]])
     with torch.no_grad():
-        output, _ = layer(x, mask)
+        output, *_ = layer(x, RealTokens.of(mask))
         for row, column in mask.nonzero().tolist():
             torch.testing.assert_close(output[row, column], plain_mixture(layer, x[row, column]), atol=1e-6, rtol=1e-5)
     assert (output[~mask] == 0).all()
@@ -337,11 +333,12 @@ def test_experts_give_what_a_plain_loop_over_tokens_gives(experts: int, chosen: 
 
 def test_experts_without_a_token_are_no_problem() -> None:
     torch.manual_seed(1)
-    layer = MixtureOfExperts(16, 8, 4, 1)
+    layer = mixture(4, 1)
     layer.router.weight.data.zero_()
     layer.router.weight.data[2] = 5.0
     x = torch.rand(1, 3, 16)  # all positive: everything goes to expert 2
-    output, balance = layer(x, torch.ones(1, 3, dtype=torch.bool))
+    output, balance, usage = layer(x, None)
+    assert usage.tolist() == [0, 0, 3, 0]
     torch.testing.assert_close(output[0, 1], plain_mixture(layer, x[0, 1]), atol=1e-6, rtol=1e-5)
     assert float(balance.detach()) == pytest.approx(4.0, abs=1e-3), "all on one expert is as unbalanced as can be"
     output.sum().backward()
@@ -366,14 +363,12 @@ def test_balance_loss_is_one_when_balanced_and_more_when_not() -> None:
 
 def test_balance_loss_of_a_row_ignores_other_rows_and_padding() -> None:
     torch.manual_seed(1)
-    layer = MixtureOfExperts(16, 8, 4, 2)
+    layer = mixture(4, 2)
     x = torch.randn(3, 7, 16)
     mask = torch.arange(7) < torch.tensor([[7], [2], [5]])
     with torch.no_grad():
-        together = layer(x, mask)[1]
-        alone = torch.cat(
-            [layer(x[i : i + 1, :n], torch.ones(1, n, dtype=torch.bool))[1] for i, n in enumerate((7, 2, 5))]
-        )
+        together = layer(x, RealTokens.of(mask)).balance
+        alone = torch.cat([layer(x[i : i + 1, :n], None).balance for i, n in enumerate((7, 2, 5))])
     assert together.shape == (3,)
     torch.testing.assert_close(together, alone)
 

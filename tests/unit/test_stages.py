@@ -511,7 +511,8 @@ def test_the_value_of_the_loss_does_not_depend_on_the_window() -> None:
 
 
 def test_the_gradient_through_the_memory_agrees_with_finite_differences() -> None:
-    decoder = {**tiny_config().decoder.model_dump(), "experts_per_token": 3}  # no jumps between experts
+    decoder = tiny_config().decoder.model_dump()
+    decoder["experts"]["per_token"] = 3  # no jumps between experts
     model, batch = tiny_model(tiny_config(decoder=decoder)), batch_of(TALKS)
     stage = stage_of("memory_aware")
     for name in (

@@ -1,0 +1,198 @@
+"""The causal decoder, with or without memory: whole sequences at once, or token by token with a cache."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from rxt_platform.config.model import LayerKind, ModelConfig
+from rxt_platform.model.attention import Attention, RotaryEmbedding
+from rxt_platform.model.feedforward import MixtureOfExperts, RealTokens, Routed, SwiGLU
+from rxt_platform.model.heads import VocabularyHead
+
+KeysValues = tuple[Tensor, Tensor]
+
+
+@dataclass
+class Cache:
+    """Static KV cache: self-attention keys and values [B, H, length, hd] of each layer, and those of the memory."""
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    memory: list[KeysValues | None]
+
+    @property
+    def length(self) -> int:
+        """Tokens that fit."""
+        return self.keys[0].shape[2]
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm causal self-attention, memory cross-attention in stateful layers, and experts or a dense SwiGLU."""
+
+    def __init__(self, config: ModelConfig, kind: LayerKind, stateful: bool) -> None:
+        super().__init__()
+        size, eps, decoder = config.hidden_size, config.norm_eps, config.decoder
+        self.stateful = stateful
+        self.self_norm = nn.RMSNorm(size, eps)
+        self.self_attention = Attention(size, config.head_size, decoder.self_attention, eps)
+        if stateful:
+            self.cross_norm = nn.RMSNorm(size, eps)
+            self.memory_norm = nn.RMSNorm(size, eps)
+            self.cross_attention = Attention(size, config.head_size, decoder.cross_attention, eps)
+        self.feed_forward_norm = nn.RMSNorm(size, eps)
+        self.feed_forward: MixtureOfExperts | SwiGLU
+        if kind == "moe":
+            assert decoder.experts is not None  # validated with the config
+            self.feed_forward = MixtureOfExperts(size, decoder.experts)
+        else:
+            assert decoder.feed_forward_size is not None
+            self.feed_forward = SwiGLU(size, decoder.feed_forward_size)
+
+    def memory_keys_values(self, slots: Tensor) -> KeysValues:
+        """Keys and values of the memory [B, S, D]: the same for every token of an interaction."""
+        return self.cross_attention.keys_values(self.memory_norm(slots))
+
+    def read(self, x: Tensor, memory: KeysValues, rotary: KeysValues, mask: Tensor | None) -> Tensor:
+        """Add what memory cross-attention reads (rotary on the query only)."""
+        return x + self.cross_attention.attend(self.cross_norm(x), memory, rotary, mask)
+
+    def feed(self, x: Tensor, tokens: RealTokens | None) -> tuple[Tensor, Routed | None]:
+        """Add the feed-forward's output; what the router did where there is one."""
+        normed = self.feed_forward_norm(x)
+        if isinstance(self.feed_forward, SwiGLU):
+            return x + self.feed_forward(normed), None
+        routed = self.feed_forward(normed, tokens)
+        return x + routed.output, routed
+
+    def step(
+        self, x: Tensor, position: Tensor, rotary: KeysValues, keys: Tensor, values: Tensor, visible: Tensor | None
+    ) -> Tensor:
+        """Self-attention of new tokens [B, T, D] at `position` [B, T], whose keys and values go into the cache."""
+        rows = torch.arange(x.shape[0], device=x.device)[:, None]
+        normed = self.self_norm(x)
+        key, value = self.self_attention.keys_values(normed, rotary)
+        keys[rows, :, position] = key.transpose(1, 2)
+        values[rows, :, position] = value.transpose(1, 2)
+        length = keys.shape[2] if visible is None else visible.shape[-1]
+        return x + self.self_attention.attend(normed, (keys[:, :, :length], values[:, :, :length]), rotary, visible)
+
+    def mix(self, x: Tensor) -> Tensor:
+        """Add the feed-forward's output for new tokens, without the training's statistics."""
+        normed = self.feed_forward_norm(x)
+        return x + (
+            self.feed_forward(normed) if isinstance(self.feed_forward, SwiGLU) else self.feed_forward.mix(normed)
+        )
+
+
+class Decoder(nn.Module):
+    """Causal decoder; its head is not tied to the embedding (REF 1.2, 1.6).
+
+    Stateful layer i reads memory layer i. `kinds` are the feed-forwards of stateless layers before, stateful layers and
+    stateless layers after; a model without memory has none of the second.
+    """
+
+    def __init__(self, config: ModelConfig, stateful: bool = True) -> None:
+        super().__init__()
+        decoder = config.decoder
+        before, after = decoder.stateless_layers, decoder.final_stateless_layers
+        kinds = [*before, *[decoder.stateful_kind] * config.layers, *after]
+        first = len(before)
+        self.layers = cast(
+            "Sequence[DecoderLayer]",
+            nn.ModuleList(
+                DecoderLayer(config, kind, stateful and first <= i < first + config.layers)
+                for i, kind in enumerate(kinds)
+            ),
+        )
+        self.rotary = RotaryEmbedding(config.head_size, config.rope_base)
+        self.norm = nn.RMSNorm(config.hidden_size, config.norm_eps) if decoder.final_norm else None
+        self.head = VocabularyHead(config.hidden_size, config.vocab_size)
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        memory: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Hidden states of embedded tokens [B, T, D] that read `memory` [L, B, S, D] (`memory_mask` [B, S]).
+
+        `mask` [B, T] is True at real tokens, None without padding. Returns them, the mean over mixture layers of each
+        row's balance loss [B], and how many tokens went to each expert [M, E]; a plain tuple, in which ZeRO-3 finds the
+        tensors.
+        """
+        tokens = None if mask is None else RealTokens.of(mask)
+        readable = None if memory_mask is None else memory_mask[:, None, None, :]
+        rotary = self.rotary(torch.arange(x.shape[1], device=x.device))
+        routed: list[Routed] = []
+        for layer, slots in zip(self.layers, self._memory_layers(memory), strict=True):
+            normed = layer.self_norm(x)
+            keys_values = layer.self_attention.keys_values(normed, rotary)
+            x = x + layer.self_attention.attend(normed, keys_values, rotary, causal=True)
+            if slots is not None:
+                x = layer.read(x, layer.memory_keys_values(slots), rotary, readable)
+            x, mixture = layer.feed(x, tokens)
+            if mixture is not None:
+                routed.append(mixture)
+        if not routed:
+            return self._normed(x), x.new_zeros(x.shape[0], dtype=torch.float32), x.new_zeros(0, 0)
+        balance = torch.stack([one.balance for one in routed]).mean(dim=0)
+        return self._normed(x), balance, torch.stack([one.usage for one in routed])
+
+    def _memory_layers(self, memory: Tensor | None) -> list[Tensor | None]:
+        """Each layer's own memory [B, S, D], None in stateless layers."""
+        slots = iter(() if memory is None else memory.unbind(0))
+        return [next(slots) if layer.stateful else None for layer in self.layers]
+
+    def _normed(self, x: Tensor) -> Tensor:
+        return x if self.norm is None else self.norm(x)
+
+    def start_cache(self, memory: Tensor | None, batch: int, length: int) -> Cache:
+        """An empty cache for `length` tokens over a memory [L, B, S, D], whose keys and values are projected once."""
+        attention, weight = self.layers[0].self_attention, self.head.weight
+        shape = (batch, attention.key_value_heads, length, attention.head_size)
+        return Cache(
+            keys=[weight.new_zeros(shape) for _ in self.layers],
+            values=[weight.new_zeros(shape) for _ in self.layers],
+            memory=[
+                None if slots is None else layer.memory_keys_values(slots)
+                for layer, slots in zip(self.layers, self._memory_layers(memory), strict=True)
+            ],
+        )
+
+    def prefill(self, x: Tensor, mask: Tensor, cache: Cache) -> Tensor:
+        """Hidden states of prompts [B, T, D] at positions 0..T-1, whose keys and values go into the empty cache.
+
+        What padding (`mask` [B, T] False) leaves in the cache is overwritten by the row's token that goes there, before
+        any token may read it.
+        """
+        rotary = self.rotary(torch.arange(x.shape[1], device=x.device))
+        tokens = RealTokens.of(mask)
+        for layer, keys, values, memory in zip(self.layers, cache.keys, cache.values, cache.memory, strict=True):
+            normed = layer.self_norm(x)
+            key, value = layer.self_attention.keys_values(normed, rotary)
+            keys[:, :, : x.shape[1]], values[:, :, : x.shape[1]] = key, value
+            x = x + layer.self_attention.attend(normed, (key, value), rotary, causal=True)
+            if memory is not None:
+                x = layer.read(x, memory, rotary, None)
+            x, _ = layer.feed(x, tokens)
+        return self._normed(x)
+
+    def step(self, x: Tensor, positions: Tensor, cache: Cache, length: int | None = None) -> Tensor:
+        """Hidden states of new tokens [B, T, D] at `positions` [B, T], which are written into the cache.
+
+        A token reads the cache up to its own position; `length` says that no position reaches it, so that less of the
+        cache is read.
+        """
+        rotary = self.rotary(positions)
+        window = torch.arange(length or cache.length, device=x.device)
+        visible = (window <= positions[..., None])[:, None]
+        for layer, keys, values, memory in zip(self.layers, cache.keys, cache.values, cache.memory, strict=True):
+            x = layer.step(x, positions, rotary, keys, values, visible)
+            if memory is not None:
+                x = layer.read(x, memory, rotary, None)
+            x = layer.mix(x)
+        return self._normed(x)
