@@ -74,13 +74,18 @@ def evaluate(model: str, data: str, limit: int | None, seed: int, as_json: bool)
 @click.argument("model")
 @click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True)
 @click.option("--top-p", type=click.FloatRange(min=0, max=1, min_open=True), default=1.0, show_default=True)
+@click.option("--top-k", type=click.IntRange(min=1), help="Draw from the likeliest tokens only.")
 @click.option("--seed", type=int, default=0, show_default=True)
-def chat(model: str, temperature: float, top_p: float, seed: int) -> None:
+@click.option(
+    "--truncate", is_flag=True, help="Cut a message that is too long, with a warning, instead of refusing it."
+)
+def chat(model: str, temperature: float, top_p: float, top_k: int | None, seed: int, truncate: bool) -> None:
     """Talk to MODEL. Each answer is followed by a memory write; /reset forgets, /quit (or Ctrl-D) ends."""
     from rxt_platform.model.chat import ChatSession
     from rxt_platform.model.generation import MemoryUpdated, SamplingOptions
 
-    session = ChatSession(*_model(model), SamplingOptions(temperature, top_p, seed))
+    options = SamplingOptions(temperature, top_p, seed, top_k=top_k)
+    session = ChatSession(*_model(model), options, truncate)
     click.echo(f"{session.description}\nType a message; /reset forgets, /quit ends.")
     while True:
         try:
@@ -130,24 +135,11 @@ def _load(config: str, overrides: tuple[str, ...]) -> "RunConfig":
 
 def _model(path: str) -> tuple[Any, Any]:
     """A model from its directory, or from the folder of the run that made it."""
-    from rxt_platform.errors import ArtifactError
-    from rxt_platform.model.files import load_model
-    from rxt_platform.storage.directory import MANIFEST, verify_directory
+    from rxt_platform.model.files import find_model, load_model
     from rxt_platform.training.distributed import use_cpus
 
     use_cpus(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    directory = Path(path)
-    report = directory / "report.json"
-    if report.is_file():
-        try:
-            directory = Path(json.loads(report.read_text())["model"])
-        except (ValueError, KeyError, TypeError):
-            raise ArtifactError(f"{report}: not a run's report; give the model's directory instead") from None
-    if not directory.is_dir():
-        raise ArtifactError(f"{directory}: no such model directory")
-    if (directory / MANIFEST).exists():
-        verify_directory(directory, "model")
-    return load_model(directory)
+    return load_model(find_model(path))
 
 
 def guarded(command: Callable[[], Any]) -> int:

@@ -160,3 +160,20 @@ class ModelConfig(Spec):
                 f"{self.memory.variant!r}: only grouped-self-interlayer has groups"
             )
         return self
+
+
+class HeadConfig(Spec):
+    """What an encoder on its own puts on its pooled states."""
+
+    kind: Literal["classification", "regression", "value"]
+    outputs: int = Field(1, gt=0, description="classes of a classification, numbers of a regression")
+    scale: float = Field(10.0, gt=0, description="value head: values start between 0 and this")
+    max_length: int | None = Field(None, gt=0, description="window in tokens, if not the model's")
+
+    @model_validator(mode="after")
+    def _outputs_fit(self) -> Self:
+        if self.kind == "classification" and self.outputs < 2:
+            raise ValueError(f"a classification needs outputs of at least 2 classes, not {self.outputs}")
+        if self.kind == "value" and self.outputs != 1:
+            raise ValueError(f"a value head has 1 output, not {self.outputs}")
+        return self

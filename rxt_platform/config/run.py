@@ -73,6 +73,9 @@ class TrainingConfig(Spec):
 
     precision: Literal["fp32", "bf16"] = "fp32"
     zero_stage: Literal[0, 1, 2, 3] = 1
+    compile: bool = Field(
+        False, description="compile the layers with torch.compile: minutes at the start, faster steps on a GPU"
+    )
     checkpoint_every: int = Field(200, gt=0, description="steps between resume states")
     keep_checkpoints: int = Field(2, gt=0)
     log_every: int = Field(10, gt=0, description="steps between metrics in the log and in MLflow")

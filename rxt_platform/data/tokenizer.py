@@ -5,6 +5,8 @@ same token at the start of a message as inside one; decoding takes exactly that 
 Special tokens that a user types are encoded as ordinary text.
 """
 
+import logging
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +16,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from rxt_platform.errors import ArtifactError, DataError
 
+logger = logging.getLogger(__name__)
+
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[BOS]", "[EOS]", "[MASK]", "[Q]", "[A]", "[T]", "[C]", "[U]", "[I]")
 PAD, UNK, BOS, EOS, MASK, QUERY, ANSWER = range(7)
+_MARKER = re.compile(r"(\[[A-Z]+\])")
 
 
 @dataclass(frozen=True)
@@ -78,19 +83,73 @@ class RxtTokenizer:
         """The text of `ids`; special tokens are left out."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True)).removeprefix(" ")
 
-    def encode_query(self, query: str) -> list[int]:
-        """`[BOS][Q]query[A]`: what the model answers to."""
-        return [BOS, QUERY, *self.encode(query), ANSWER]
+    def stream(self) -> "TextStream":
+        """Decodes an answer piece by piece."""
+        return TextStream(self._tokenizer)
+
+    def encode_query(self, query: str, max_length: int | None = None, truncate: bool = False) -> list[int]:
+        """`[BOS][Q]query[A]`: what the model answers to.
+
+        With a `max_length`, a query that leaves no room for an answer raises DataError, or with `truncate` loses its
+        end (a warning says how much) so that a quarter of the window is left. An empty query is a DataError.
+        """
+        if not query.strip():
+            raise DataError("empty query: there is nothing to answer")
+        ids = self.encode(query)
+        if max_length is not None and len(ids) + 3 >= max_length:
+            if not truncate:
+                raise DataError(
+                    f"query of {len(ids)} tokens leaves no room for an answer in a window of {max_length}: shorten it, "
+                    "or ask for truncation"
+                )
+            kept = max(1, max_length - 3 - max(1, max_length // 4))
+            logger.warning("query cut from %d to %d tokens: the window holds %d", len(ids), kept, max_length)
+            ids = ids[:kept]
+        return [BOS, QUERY, *ids, ANSWER]
+
+    def encode_marked(self, text: str) -> list[int]:
+        """Ids of a text with markers in it, such as `[Q] Who are you? [A]`, after `[BOS]`; blanks around markers go.
+
+        Raises DataError for a marker that is none of the special tokens.
+        """
+        ids = [BOS]
+        for part in _MARKER.split(text):
+            if _MARKER.fullmatch(part):
+                if part not in SPECIAL_TOKENS:
+                    raise DataError(f"unknown special token {part}; known: {', '.join(SPECIAL_TOKENS)}")
+                ids += [SPECIAL_TOKENS.index(part)] if part != "[BOS]" else []
+            elif part.strip():
+                ids += self.encode(part.strip())
+        return ids
 
     def encode_interaction(self, query: str, answer: str, max_length: int) -> EncodedInteraction:
         """`[BOS][Q]query[A]answer[EOS]`, the answer's end cut off (without `[EOS]`) when it does not fit.
 
         Raises DataError when the query leaves no room for an answer.
         """
-        start = self.encode_query(query)
-        if len(start) >= max_length:
-            raise DataError(
-                f"query of {len(start) - 3} tokens leaves no room for an answer in a window of {max_length}"
-            )
+        start = self.encode_query(query, max_length)
         ids = [*start, *self.encode(answer), EOS]
         return EncodedInteraction(tuple(ids[:max_length]), len(start), truncated=len(ids) > max_length)
+
+
+class TextStream:
+    """The text of an answer, token by token: a character whose bytes come in several tokens comes with the last."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._stream = decoders.DecodeStream(skip_special_tokens=True)
+        self._ids: list[int] = []
+        self._shown = ""  # with the space that `encode` puts before a text
+
+    def push(self, token: int) -> str:
+        """What a further token adds to the text; special tokens add nothing."""
+        self._ids.append(token)
+        piece = self._stream.step(self._tokenizer, token) or ""
+        first = not self._shown
+        self._shown += piece
+        return piece.removeprefix(" ") if first else piece
+
+    def end(self) -> str:
+        """What is left, if the answer ended inside a character."""
+        text = str(self._tokenizer.decode(self._ids, skip_special_tokens=True))
+        return text[len(self._shown) :]

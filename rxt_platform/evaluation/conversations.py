@@ -127,11 +127,10 @@ def _ask(
     rows = torch.tensor([row for row, _ in questions], device=memory.device)
     prompts = [tokenizer.encode_query(item.query) for _, item in questions]
     limits = [len(tokenizer.encode(item.answer)) + _SPARE_TOKENS for _, item in questions]
-    options = SamplingOptions(max_new_tokens=max(limits))
     answers = [
         [
-            tokenizer.decode(ids[:limit])
-            for ids, limit in zip(answer_batch(model, prompts, source[:, rows], options), limits, strict=True)
+            tokenizer.decode(ids)
+            for ids in answer_batch(model, prompts, source[:, rows], SamplingOptions(), limits=limits)
         ]
         for source in (memory, initial)
     ]

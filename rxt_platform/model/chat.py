@@ -6,23 +6,31 @@ from dataclasses import replace
 import torch
 
 from rxt_platform.data.batches import derive_seed
-from rxt_platform.data.tokenizer import EOS, RxtTokenizer
+from rxt_platform.data.tokenizer import RxtTokenizer
 from rxt_platform.model.generation import MemoryUpdated, SamplingOptions, Token, interact
+from rxt_platform.model.parameters import measure_size
 from rxt_platform.model.transformer import ReactiveTransformer
 
 
 class ChatSession:
     """Answers messages one by one and keeps the memory between them."""
 
-    def __init__(self, model: ReactiveTransformer, tokenizer: RxtTokenizer, options: SamplingOptions) -> None:
+    def __init__(
+        self,
+        model: ReactiveTransformer,
+        tokenizer: RxtTokenizer,
+        options: SamplingOptions,
+        truncate: bool = False,
+    ) -> None:
         self._model, self._tokenizer, self._options = model, tokenizer, options
+        self._truncate = truncate
         self.reset()
 
     @property
     def description(self) -> str:
         """One line on the model and its memory."""
         config = self._model.config
-        count = sum(parameter.numel() for parameter in self._model.parameters())
+        count = measure_size(config).total.parameters
         return f"{count:,} parameters, memory of {config.layers} layers x {config.memory.slots} slots"
 
     def reset(self) -> None:
@@ -31,19 +39,18 @@ class ChatSession:
         self._turn = 0
 
     def say(self, query: str) -> Iterator[str | MemoryUpdated]:
-        """Pieces of the answer's text as they are generated, then the memory's update."""
+        """Pieces of the answer's text as they are generated, then the memory's update.
+
+        Raises DataError, and changes nothing, when the query is empty or too long (with `truncate` it loses its end).
+        """
+        prompt = self._tokenizer.encode_query(query, self._model.config.max_length, self._truncate)
         options = replace(self._options, seed=derive_seed(self._options.seed, self._turn))
-        answer: list[int] = []
-        shown = ""
-        for event in interact(self._model, self._tokenizer.encode_query(query), self.memory, options):
-            if isinstance(event, Token) and event.id != EOS:
-                answer.append(event.id)
-                text = self._tokenizer.decode(answer)
-                if not text.endswith("\ufffd"):  # a character's bytes may come in several tokens
-                    yield text[len(shown) :]
-                    shown = text
+        text = self._tokenizer.stream()
+        for event in interact(self._model, prompt, self.memory, options):
+            if isinstance(event, Token):
+                yield text.push(event.id)
             elif isinstance(event, MemoryUpdated):
-                yield self._tokenizer.decode(answer)[len(shown) :]
+                yield text.end()
                 self.memory = event.memory
                 self._turn += 1
                 yield event

@@ -59,8 +59,28 @@ class DecoderLayer(nn.Module):
         """Add what memory cross-attention reads (rotary on the query only)."""
         return x + self.cross_attention.attend(self.cross_norm(x), memory, rotary, mask)
 
-    def feed(self, x: Tensor, tokens: RealTokens | None) -> tuple[Tensor, Routed | None]:
-        """Add the feed-forward's output; what the router did where there is one."""
+    def forward(
+        self,
+        x: Tensor,
+        tokens: RealTokens | None,
+        rotary: KeysValues,
+        memory: Tensor | KeysValues | None,
+        readable: Tensor | None = None,
+        cache: KeysValues | None = None,
+    ) -> tuple[Tensor, Routed | None]:
+        """Whole sequences [B, T, D] from position 0: the new states, and what the router did where there is one.
+
+        `memory` is the layer's slots [B, S, D] (`readable` [B, 1, 1, S]), or their keys and values, projected before;
+        `cache` keeps the keys and values of self-attention.
+        """
+        normed = self.self_norm(x)
+        key, value = self.self_attention.keys_values(normed, rotary)
+        if cache is not None:
+            cache[0][:, :, : x.shape[1]], cache[1][:, :, : x.shape[1]] = key, value
+        x = x + self.self_attention.attend(normed, (key, value), rotary, causal=True)
+        if memory is not None:
+            slots = memory if isinstance(memory, tuple) else self.memory_keys_values(memory)
+            x = self.read(x, slots, rotary, readable)
         normed = self.feed_forward_norm(x)
         if isinstance(self.feed_forward, SwiGLU):
             return x + self.feed_forward(normed), None
@@ -129,12 +149,7 @@ class Decoder(nn.Module):
         rotary = self.rotary(torch.arange(x.shape[1], device=x.device))
         routed: list[Routed] = []
         for layer, slots in zip(self.layers, self._memory_layers(memory), strict=True):
-            normed = layer.self_norm(x)
-            keys_values = layer.self_attention.keys_values(normed, rotary)
-            x = x + layer.self_attention.attend(normed, keys_values, rotary, causal=True)
-            if slots is not None:
-                x = layer.read(x, layer.memory_keys_values(slots), rotary, readable)
-            x, mixture = layer.feed(x, tokens)
+            x, mixture = layer(x, tokens, rotary, slots, readable)
             if mixture is not None:
                 routed.append(mixture)
         if not routed:
@@ -172,13 +187,7 @@ class Decoder(nn.Module):
         rotary = self.rotary(torch.arange(x.shape[1], device=x.device))
         tokens = RealTokens.of(mask)
         for layer, keys, values, memory in zip(self.layers, cache.keys, cache.values, cache.memory, strict=True):
-            normed = layer.self_norm(x)
-            key, value = layer.self_attention.keys_values(normed, rotary)
-            keys[:, :, : x.shape[1]], values[:, :, : x.shape[1]] = key, value
-            x = x + layer.self_attention.attend(normed, (key, value), rotary, causal=True)
-            if memory is not None:
-                x = layer.read(x, memory, rotary, None)
-            x, _ = layer.feed(x, tokens)
+            x, _ = layer(x, tokens, rotary, memory, None, (keys, values))
         return self._normed(x)
 
     def step(self, x: Tensor, positions: Tensor, cache: Cache, length: int | None = None) -> Tensor:

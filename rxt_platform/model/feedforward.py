@@ -111,11 +111,11 @@ class MixtureOfExperts(nn.Module):
         expert, order = assignment.sort(stable=True)
         every = torch.arange(self.config.number, device=tokens.device)
         ends = torch.searchsorted(expert, every, right=True, out_int32=True)
-        hidden = F.grouped_mm(tokens[order // self.config.per_token], self.input_weight, offs=ends)
+        hidden = grouped_mm(tokens[order // self.config.per_token], self.input_weight, offs=ends)
         if self.input_bias is not None:
             hidden = hidden + self.input_bias[expert]
         linear, gate = hidden.chunk(2, dim=-1)
-        result = F.grouped_mm(linear * F.silu(gate), self.output_weight, offs=ends)
+        result = grouped_mm(linear * F.silu(gate), self.output_weight, offs=ends)
         if self.output_bias is not None:
             result = result + self.output_bias[expert]
         unsorted = torch.empty_like(result).index_put((order,), result)
@@ -134,6 +134,19 @@ class MixtureOfExperts(nn.Module):
     def rebalance(self, usage: Tensor) -> None:
         """After a step with `usage` [E] over the global batch: lower overloaded experts' bias, raise the others'."""
         self.selection_steps += torch.sign(usage.mean() - usage).to(torch.int64)
+
+
+def grouped_mm(tokens: Tensor, weights: Tensor, offs: Tensor) -> Tensor:
+    """Rows [N, D], sorted by group with ends `offs` [E], times their group's weights [E, D, H]: [N, H]."""
+    if tokens.dtype == torch.bfloat16:
+        return F.grouped_mm(tokens, weights, offs=offs)
+    return _uncompiled_grouped_mm(tokens, weights, offs)
+
+
+@torch.compiler.disable
+def _uncompiled_grouped_mm(tokens: Tensor, weights: Tensor, offs: Tensor) -> Tensor:
+    """torch.compile knows the shapes of bf16 grouped products only."""
+    return F.grouped_mm(tokens, weights, offs=offs)
 
 
 def balance_loss(probabilities: Tensor, chosen: Tensor, rows: Tensor, batch: int) -> Tensor:

@@ -1,61 +1,162 @@
-"""A model as files: `config.json`, `model.safetensors`, `tokenizer.json`. No pickle."""
+"""A model as files in Hugging Face layout: `config.json`, `model.safetensors`, `tokenizer.json`. No pickle."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 import safetensors
+import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from rxt_platform.config.model import ModelConfig
 from rxt_platform.data.tokenizer import RxtTokenizer
 from rxt_platform.errors import ArtifactError
 from rxt_platform.model.transformer import ReactiveTransformer
+from rxt_platform.storage.directory import MANIFEST, verify_directory
 
-CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
+CONFIG, WEIGHTS, TOKENIZER, FIGURES = "config.json", "model.safetensors", "tokenizer.json", "evaluation.json"
+MODEL_TYPE = "reactive-transformer"
+_REPORT = "report.json"  # of a run's folder
+_FIGURE_KEYS = ("name", "answer_tokens", "memory_reset", "recall", "stages")
+_HEADER = ("model_type", "architectures")
 
 
 def save_model(directory: Path, config: ModelConfig, state: dict[str, Tensor], tokenizer: RxtTokenizer) -> None:
     """Write config, weights (as they are, contiguous) and tokenizer into an existing directory."""
-    (directory / CONFIG).write_text(config.model_dump_json(indent=2))
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in sorted(state.items())}
-    save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
+    write_config(directory, config.model_dump(mode="json"), "RxTAlpha")
+    write_weights(directory, state)
     tokenizer.save(directory / TOKENIZER)
 
 
-def load_model(directory: Path) -> tuple[ReactiveTransformer, RxtTokenizer]:
-    """Read a model directory. Raises ArtifactError that names the file and what is wrong with it."""
+def write_config(directory: Path, config: dict[str, Any], architecture: str) -> None:
+    """`config.json` with the keys by which the Hub knows what it holds."""
+    header = {"model_type": MODEL_TYPE, "architectures": [architecture]}
+    (directory / CONFIG).write_text(json.dumps({**header, **config}, indent=2))
+
+
+def write_weights(directory: Path, state: dict[str, Tensor]) -> None:
+    """`model.safetensors`, the same bytes however the tensors lie in memory."""
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in sorted(state.items())}
+    save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
+
+
+def find_model(path: str | Path) -> Path:
+    """The model directory that `path` means: itself, or the last model of the run whose folder it is.
+
+    An artifact's files are checked against its manifest. Raises ArtifactError that names what is wrong.
+    """
+    directory = Path(path)
+    report = directory / _REPORT
+    if report.is_file():
+        try:
+            directory = Path(json.loads(report.read_text())["model"])
+        except (ValueError, KeyError, TypeError):
+            raise ArtifactError(f"{report}: not a run's report; give the model's directory instead") from None
+    if not directory.is_dir():
+        raise ArtifactError(f"{directory}: no such model directory")
+    if (directory / MANIFEST).exists():
+        verify_directory(directory, "model")
+    return directory
+
+
+def read_figures(path: str | Path) -> dict[str, Any] | None:
+    """What was measured of a model: from the report of the run whose folder `path` is, or from its own directory."""
+    for name in (_REPORT, FIGURES):
+        file = Path(path) / name
+        if file.is_file():
+            try:
+                report = json.loads(file.read_text())
+                return {key: report[key] for key in _FIGURE_KEYS}
+            except (ValueError, KeyError, TypeError) as error:
+                raise ArtifactError(f"{file}: not figures of a model: {error}") from None
+    return None
+
+
+def write_figures(directory: Path, figures: dict[str, Any]) -> None:
+    """Keep a model's figures beside it."""
+    (directory / FIGURES).write_text(json.dumps(figures, indent=2))
+
+
+def load_model(directory: Path, dtype: torch.dtype | None = None) -> tuple[ReactiveTransformer, RxtTokenizer]:
+    """Read a model directory, ready for use. Raises ArtifactError that names the file and what is wrong with it."""
+    config = model_config(read_config(directory), directory)
+    model = empty_model(config)
+    load_weights(model, directory, dtype)
+    return model.eval(), load_tokenizer(directory, config)
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """The mapping in `config.json`, without the Hub's keys."""
     path = directory / CONFIG
     try:
-        config = ModelConfig.model_validate(json.loads(path.read_text()))
+        config = json.loads(path.read_text())
     except FileNotFoundError:
         raise ArtifactError(f"{directory}: no {CONFIG}: not a model directory") from None
-    except (ValueError, ValidationError) as error:
+    except (OSError, ValueError) as error:
         raise ArtifactError(f"{path}: not a model configuration: {error}") from error
-    model = ReactiveTransformer(config)
-    load_weights(model, directory)
+    if not isinstance(config, dict):
+        raise ArtifactError(f"{path}: not a model configuration: it holds {type(config).__name__}")
+    return {key: value for key, value in config.items() if key not in _HEADER}
+
+
+def model_config(raw: Any, directory: Path) -> ModelConfig:
+    """A validated `ModelConfig`; ArtifactError names the file."""
+    try:
+        return ModelConfig.model_validate(raw)
+    except ValidationError as error:
+        raise ArtifactError(f"{directory / CONFIG}: not a model configuration: {error}") from error
+
+
+def empty_model(config: ModelConfig) -> ReactiveTransformer:
+    """A model without memory for its weights, to be filled by `load_weights`."""
+    with torch.device("meta"):
+        return ReactiveTransformer(config)
+
+
+def load_tokenizer(directory: Path, config: ModelConfig) -> RxtTokenizer:
+    """The model's tokenizer; ArtifactError if it has more tokens than the model."""
     path = directory / TOKENIZER
     tokenizer = RxtTokenizer.load(path)
     if tokenizer.vocab_size > config.vocab_size:
         raise ArtifactError(f"{path}: {tokenizer.vocab_size} tokens, the model has {config.vocab_size}: not its own")
-    return model.eval(), tokenizer
+    return tokenizer
 
 
-def load_weights(model: ReactiveTransformer, directory: Path) -> None:
-    """Fill `model` from `directory`; missing, unknown and mis-shaped tensors are named."""
+def load_weights(model: nn.Module, directory: Path, dtype: torch.dtype | None = None) -> None:
+    """Fill `model` from `directory`, in the file's precision or `dtype`; tensors that don't fit are named."""
+    fill(model, read_weights(directory), directory, dtype)
+
+
+def fill(model: nn.Module, state: dict[str, Tensor], directory: Path, dtype: torch.dtype | None = None) -> None:
+    """Put tensors read from `directory` into `model`; ArtifactError names those that are missing, extra, mis-shaped."""
     path = directory / WEIGHTS
-    try:
-        state = load_file(path)
-    except FileNotFoundError:
-        raise ArtifactError(f"{path}: missing") from None
-    except safetensors.SafetensorError as error:
-        raise ArtifactError(f"{path}: not a safetensors file: {error}") from error
     expected = model.state_dict()
-    missing, unknown = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
-    if missing or unknown:
-        raise ArtifactError(f"{path}: missing tensors {missing[:5]}, unknown tensors {unknown[:5]}")
+    missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
+    if missing or extra:
+        raise ArtifactError(f"{path}: missing tensors {_some(missing)}, unknown tensors {_some(extra)}")
     for name, tensor in expected.items():
         if tensor.shape != state[name].shape:
             raise ArtifactError(f"{path}: {name} is {tuple(state[name].shape)}, the model has {tuple(tensor.shape)}")
-    model.load_state_dict(state)
+        if tensor.is_floating_point() != state[name].is_floating_point():
+            raise ArtifactError(f"{path}: {name} is {state[name].dtype}, the model has {tensor.dtype}")
+    if dtype is not None:
+        state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    model.load_state_dict(state, assign=next(iter(expected.values())).is_meta)
+
+
+def read_weights(directory: Path) -> dict[str, Tensor]:
+    """The tensors of `model.safetensors`; ArtifactError for anything else under that name, such as a pickle."""
+    path = directory / WEIGHTS
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise ArtifactError(f"{path}: missing") from None
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ArtifactError(f"{path}: not a safetensors file: {error}") from error
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return f"{names[:5]}{more}"

@@ -322,11 +322,12 @@ def interact_batch(
     memory: Tensor,
     options: SamplingOptions = SamplingOptions(),
     seeds: Sequence[int] | None = None,
+    limits: Sequence[int] | None = None,
     stepper: Stepper | None = None,
 ) -> Iterator[BatchEvent]:
     """One turn of a batch of conversations: their answers' tokens, then the memory written with query and answer."""
     interactions = [list(prompt) for prompt in prompts]
-    for step in generate(model, prompts, memory, options, seeds, stepper=stepper):
+    for step in generate(model, prompts, memory, options, seeds, limits, stepper):
         for interaction, token in zip(interactions, step, strict=True):
             if token is not None:
                 interaction.append(token)

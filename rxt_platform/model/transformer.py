@@ -106,6 +106,11 @@ class ReactiveTransformer(nn.Module):
         """Next-token logits [B, T, V]."""
         return self.head(self.decode_states(ids, mask, memory, memory_mask).states)
 
+    def compile_layers(self) -> None:
+        """Let torch.compile make each layer's forward faster, for any batch and sequence length; names stay."""
+        for layer in [*self.decoder.layers, *self.encoder.layers, *self.memory_attention.layers]:
+            layer.compile(dynamic=True)
+
     def mixtures(self) -> list[MixtureOfExperts]:
         """The decoder's mixtures of experts, in the order of `Decoded.usage`."""
         return [part for part in self.decoder.modules() if isinstance(part, MixtureOfExperts)]

@@ -94,6 +94,8 @@ class Engine:
             for name, parameter in model.named_parameters()
             if not parameter.requires_grad
         }
+        if settings.training.compile:
+            model.compile_layers()
         self.engine = self._deepspeed(StageProgram(stage, model))
 
     def _deepspeed(self, program: StageProgram) -> Any:
