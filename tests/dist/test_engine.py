@@ -1,4 +1,4 @@
-"""The engine's promises on real processes: split-invariant, resumable, exact about what is frozen and what is finite."""
+"""The engine's promises on real processes: split-invariant, resumable, exact on what is frozen and what is finite."""
 
 import shutil
 from collections.abc import Callable

@@ -80,9 +80,7 @@ def test_mlflow_holds_parent_children_metrics_and_lineage(finished_pipeline: Pat
     runs = client.search_runs([experiment.experiment_id], order_by=["attributes.start_time ASC"])
     parent = next(run for run in runs if run.data.tags["rxt.kind"] == "pipeline")
     children = {
-        run.data.tags["rxt.step"]: run
-        for run in runs
-        if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id
+        run.data.tags["rxt.step"]: run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id
     }
     assert list(children) == ["corpus", "tokenizer", *STAGES, "evaluation"]
     assert {run.info.status for run in [parent, *children.values()]} == {"FINISHED"}
