@@ -14,6 +14,8 @@ from rxt_platform.errors import DataError, RxtError
 
 if TYPE_CHECKING:
     from rxt_platform.config.run import RunConfig
+    from rxt_platform.model.alpha import RxTAlpha
+    from rxt_platform.model.generation import SamplingOptions
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -66,7 +68,8 @@ def evaluate(model: str, data: str, limit: int | None, seed: int, as_json: bool)
     from rxt_platform.evaluation.report import render_evaluation
 
     talks = read_conversations(Path(data))[:limit]
-    result = asdict(evaluate_conversations(*_model(model), talks, seed))
+    held = _model(model)
+    result = asdict(evaluate_conversations(held.model, held.own_tokenizer(), talks, seed))
     click.echo(json.dumps(result, indent=2) if as_json else render_evaluation(result))
 
 
@@ -81,12 +84,13 @@ def evaluate(model: str, data: str, limit: int | None, seed: int, as_json: bool)
 )
 def chat(model: str, temperature: float, top_p: float, top_k: int | None, seed: int, truncate: bool) -> None:
     """Talk to MODEL. Each answer is followed by a memory write; /reset forgets, /quit (or Ctrl-D) ends."""
-    from rxt_platform.model.chat import ChatSession
-    from rxt_platform.model.generation import MemoryUpdated, SamplingOptions
+    from rxt_platform.data.batches import derive_seed
+    from rxt_platform.model.generation import SamplingOptions
 
-    options = SamplingOptions(temperature, top_p, seed, top_k=top_k)
-    session = ChatSession(*_model(model), options, truncate)
-    click.echo(f"{session.description}\nType a message; /reset forgets, /quit ends.")
+    held = _model(model)
+    held.reset_stm_state([seed])
+    click.echo(f"{held.description}\nType a message; /reset forgets, /quit ends.")
+    turn = 0
     while True:
         try:
             query = input("you   > ").strip()
@@ -96,18 +100,27 @@ def chat(model: str, temperature: float, top_p: float, top_k: int | None, seed: 
         if query == "/quit":
             return
         if query == "/reset":
-            session.reset()
+            held.reset_stm_state([seed])
+            turn = 0
             click.echo("memory reset")
         elif query:
             click.echo("model > ", nl=False)
+            options = SamplingOptions(temperature, top_p, derive_seed(seed, turn), top_k=top_k)
             try:
-                for part in session.say(query):
-                    if isinstance(part, MemoryUpdated):
-                        click.echo(f"\n        [memory written, changed by {part.change:.0%}]")
-                    else:
-                        click.echo(part, nl=False)
+                _answer(held, query, truncate, options)
+                turn += 1
             except DataError as error:  # the message is too long: the conversation and its memory go on
                 click.echo(f"[not answered: {error}]")
+
+
+def _answer(held: "RxTAlpha", query: str, truncate: bool, how: "SamplingOptions") -> None:
+    """Print an answer as it comes, then how much its memory write changed."""
+    before = held.export_stm_state()
+    encoded = held.tokenize_query(query, truncation=truncate)
+    for token in held.interact(**encoded, temperature=how.temperature, top_k=how.top_k, top_p=how.top_p, seed=how.seed):
+        click.echo(held.stringify_token(token), nl=False)
+    change = float((held.memory - before).norm() / before.norm())
+    click.echo(f"\n        [memory written, changed by {change:.0%}]")
 
 
 @rxt.command()
@@ -133,13 +146,13 @@ def _load(config: str, overrides: tuple[str, ...]) -> "RunConfig":
     return load_run(config, overrides)
 
 
-def _model(path: str) -> tuple[Any, Any]:
-    """A model from its directory, or from the folder of the run that made it."""
-    from rxt_platform.model.files import find_model, load_model
+def _model(path: str) -> "RxTAlpha":
+    """A model from its directory, from the folder of the run that made it, or from the Hugging Face Hub."""
+    from rxt_platform.model.alpha import RxTAlpha
     from rxt_platform.training.distributed import use_cpus
 
     use_cpus(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    return load_model(find_model(path))
+    return RxTAlpha.from_pretrained(path)
 
 
 def guarded(command: Callable[[], Any]) -> int:

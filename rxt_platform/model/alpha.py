@@ -12,6 +12,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -35,7 +36,13 @@ from rxt_platform.model.transformer import ReactiveTransformer
 logger = logging.getLogger(__name__)
 
 UPDATE_STARTED, UPDATED = -1, -2
-Encoded = dict[str, Tensor]
+
+
+class Encoded(TypedDict):
+    """Token ids [B, T], right-padded, and which of them are real [B, T]."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
 
 
 def usable_window(config: ModelConfig, max_seq_len: int | None) -> int:
@@ -69,12 +76,14 @@ class RxTAlpha(PretrainedModel):
         cls, directory: Path, tokenizer: RxtTokenizer | None, dtype: torch.dtype | None = None
     ) -> "RxTAlpha":
         """The model in a local directory."""
-        model, own = files.load_model(directory, dtype)
-        if tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:
+        config = files.model_config(files.read_config(directory), directory)
+        model = files.empty_model(config)
+        files.load_weights(model, directory, dtype)
+        if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
             raise DataError(
-                f"the tokenizer has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}: not its own"
+                f"the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}: not its own"
             )
-        return cls(model, tokenizer or own)
+        return cls(model, tokenizer or files.load_tokenizer(directory, config))
 
     def save_into(self, directory: Path) -> None:
         """Write config and weights."""
@@ -94,6 +103,12 @@ class RxTAlpha(PretrainedModel):
             "Window of one interaction": f"{config.max_length} tokens",
             "Vocabulary": f"{config.vocab_size:,}",
         }
+
+    @property
+    def description(self) -> str:
+        """One line on the model and its memory."""
+        config, total = self.model.config, measure_size(self.model.config).total.parameters
+        return f"{total:,} parameters, memory of {config.layers} layers x {config.memory.slots} slots"
 
     # ---- memory
 
@@ -144,7 +159,7 @@ class RxTAlpha(PretrainedModel):
         self, query: str, answer: str, max_seq_len: int | None = None, device: torch.device | str | None = None
     ) -> Encoded:
         """`[BOS][Q]query[A]answer[EOS]` as `input_ids` and `attention_mask` [1, T]; an answer too long is cut."""
-        encoded = self._text().encode_interaction(query, answer, self._window(max_seq_len))
+        encoded = self.own_tokenizer().encode_interaction(query, answer, self._window(max_seq_len))
         if encoded.truncated:
             logger.warning("the interaction was cut to the window of %d tokens", len(encoded.ids))
         return self._encoded([list(encoded.ids)], device)
@@ -170,20 +185,20 @@ class RxTAlpha(PretrainedModel):
         truncation: bool = False,
     ) -> Encoded:
         """The same for several texts, right-padded: [B, T]."""
-        tokenizer, window = self._text(), self._window(max_seq_len)
+        tokenizer, window = self.own_tokenizer(), self._window(max_seq_len)
         return self._encoded([tokenizer.encode_query(text, window, truncation)[:-1] for text in texts], device)
 
     def stringify_token(self, token_id: int) -> str:
         """What a token of the running answer adds to its text; '' for special tokens and signals."""
         if self._stream is None:
-            self._stream = self._text().stream()
+            self._stream = self.own_tokenizer().stream()
         return self._stream.push(token_id) if token_id >= 0 else ""
 
     def stringify_batch(self, generated_ids: Tensor, attention_mask: Tensor | None = None) -> list[str]:
         """Texts of generated ids [B, T]."""
         mask = torch.ones_like(generated_ids) if attention_mask is None else attention_mask
         rows = zip(generated_ids, mask.bool(), strict=True)
-        return [self._text().decode(ids[real].tolist()) for ids, real in rows]
+        return [self.own_tokenizer().decode(ids[real].tolist()) for ids, real in rows]
 
     # ---- conversation
 
@@ -279,11 +294,6 @@ class RxTAlpha(PretrainedModel):
             yield event
 
     # ---- helpers
-
-    def _text(self) -> RxtTokenizer:
-        if self.tokenizer is None:
-            raise DataError("this model has no tokenizer: use set_tokenizer")
-        return self.tokenizer
 
     def _window(self, max_seq_len: int | None) -> int:
         return usable_window(self.model.config, max_seq_len)

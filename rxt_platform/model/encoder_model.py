@@ -83,9 +83,8 @@ class RxTEncoder(PretrainedModel):
 
     def tokenize(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """`[BOS]text[EOS]` for each text, right-padded: `input_ids` and `attention_mask` [B, T]."""
-        if self.tokenizer is None:
-            raise DataError("this model has no tokenizer: use set_tokenizer")
-        rows = [[BOS, *self.tokenizer.encode(text), EOS] for text in texts]
+        tokenizer = self.own_tokenizer()
+        rows = [[BOS, *tokenizer.encode(text), EOS] for text in texts]
         longest = max(map(len, rows), default=0)
         if longest > self.window or not rows:
             raise DataError(f"{len(rows)} texts, the longest of {longest} tokens; the window holds {self.window}")

@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard, ModelCardData, ModelHubMixin, snapshot_do
 from torch import nn
 
 from rxt_platform.data.tokenizer import RxtTokenizer
-from rxt_platform.errors import ArtifactError
+from rxt_platform.errors import ArtifactError, DataError
 from rxt_platform.model import files
 from rxt_platform.model.card import card_metadata, card_text
 from rxt_platform.storage.directory import MANIFEST
@@ -68,10 +68,9 @@ class PretrainedModel(nn.Module, ModelHubMixin, library_name="rxt-platform", tag
     def _save_pretrained(self, save_directory: Path) -> None:
         if (save_directory / MANIFEST).exists():
             raise ArtifactError(f"{save_directory}: a run's artifact, which must stay as it is; save somewhere else")
-        if self.tokenizer is None:
-            raise ArtifactError("a model is saved with its tokenizer, and this one has none: use set_tokenizer")
+        tokenizer = self.own_tokenizer()
         self.save_into(save_directory)
-        self.tokenizer.save(save_directory / files.TOKENIZER)
+        tokenizer.save(save_directory / files.TOKENIZER)
         if self.figures:
             files.write_figures(save_directory, self.figures)
 
@@ -83,6 +82,12 @@ class PretrainedModel(nn.Module, ModelHubMixin, library_name="rxt-platform", tag
     def facts(self) -> Mapping[str, str]:
         """What the card's table says of the model."""
         raise NotImplementedError
+
+    def own_tokenizer(self) -> RxtTokenizer:
+        """The tokenizer; DataError without one."""
+        if self.tokenizer is None:
+            raise DataError("this model has no tokenizer: use set_tokenizer")
+        return self.tokenizer
 
     def set_tokenizer(self, tokenizer: RxtTokenizer) -> None:
         """Use this tokenizer from now on."""
