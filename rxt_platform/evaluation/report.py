@@ -48,7 +48,9 @@ Report = dict[str, Any]
     parameters        {decoder, encoder, memory_attention, mlm_head, total}
     steps             [{name, kind, status: made | reused | resumed, seconds, fingerprint, artifact}]
     stages            [{name, kind, status, seconds, steps, loss_before, loss_after,
-                        baselines: {unigram, bigram, tokens} | None}]
+                        baselines: {unigram, bigram, tokens} | None,
+                        expert_load: {max, min} | None}]: the busiest and the idlest expert's share of held-out
+                      tokens, as multiples of a fair one
     answer_tokens     {loss, perplexity, accuracy, count}, and memory_reset the same
     recall            {distance in turns: {with_memory, reset, gain, count}}; recall_overall one such entry, of NaN
                       when nothing was asked

@@ -237,6 +237,9 @@ def _stage_row(outcome: Outcome, baselines: dict[str, Any]) -> dict[str, Any]:
         "loss_before": metrics["loss_before"],
         "loss_after": metrics["loss_after"],
         "baselines": baselines.get(outcome.step.name),
+        "expert_load": {end: metrics[f"expert_load_{end}_after"] for end in ("max", "min")}
+        if "expert_load_max_after" in metrics
+        else None,
     }
 
 
