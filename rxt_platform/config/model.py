@@ -114,7 +114,7 @@ class MemoryConfig(Spec):
     gate_activation: GateActivation = Field(
         "sigmoid", description="sigmoid: g*new + (1-g)*old; tanh: (1+g)*new + (1-g)*old; none: old + new, no gate"
     )
-    gate_per_slot: bool = Field(True, description="a gate for each slot, or one for the whole layer")
+    gate_per_slot: bool = Field(True, description="a gate weight for each slot, or one for the whole layer")
     gate_self_attention: bool = Field(True, description="also gate what was read before the write")
     initialization: MemoryInitialization = Field(
         "standard",

@@ -97,7 +97,7 @@ class RxtTokenizer:
             raise DataError("empty query: there is nothing to answer")
         ids = self.encode(query)
         if max_length is not None and len(ids) + 3 >= max_length:
-            if not truncate:
+            if not truncate or max_length < 5:
                 raise DataError(
                     f"query of {len(ids)} tokens leaves no room for an answer in a window of {max_length}: shorten it, "
                     "or ask for truncation"
@@ -152,4 +152,5 @@ class TextStream:
     def end(self) -> str:
         """What is left, if the answer ended inside a character."""
         text = str(self._tokenizer.decode(self._ids, skip_special_tokens=True))
-        return text[len(self._shown) :]
+        rest, self._shown = text[len(self._shown) :], text
+        return rest

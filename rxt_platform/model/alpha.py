@@ -18,14 +18,16 @@ import torch
 from torch import Tensor
 
 from rxt_platform.config.model import ModelConfig
-from rxt_platform.data.tokenizer import ANSWER, PAD, RxtTokenizer
+from rxt_platform.data.tokenizer import ANSWER, PAD, RxtTokenizer, TextStream
 from rxt_platform.errors import DataError, ModelError
 from rxt_platform.model import files
 from rxt_platform.model.generation import (
     BatchEvent,
+    Execution,
     MemoryUpdated,
     MemoryUpdateStarted,
     SamplingOptions,
+    Stepper,
     Tokens,
     interact_batch,
 )
@@ -65,10 +67,13 @@ class RxTAlpha(PretrainedModel):
     def __init__(self, model: ReactiveTransformer, tokenizer: RxtTokenizer | None = None) -> None:
         super().__init__()
         self.model = model
-        self.tokenizer = tokenizer
         self.figures = None
+        self.tokenizer = None
+        if tokenizer is not None:
+            self.set_tokenizer(tokenizer)
         self._batch = 1
-        self._stream = tokenizer.stream() if tokenizer else None
+        self._stepper: Stepper | None = None
+        self._stream: TextStream | None = None
         self.reset_stm_state()
 
     @classmethod
@@ -79,11 +84,17 @@ class RxTAlpha(PretrainedModel):
         config = files.model_config(files.read_config(directory), directory)
         model = files.empty_model(config)
         files.load_weights(model, directory, dtype)
-        if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
-            raise DataError(
-                f"the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}: not its own"
-            )
         return cls(model, tokenizer or files.load_tokenizer(directory, config))
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids that the model knows."""
+        return self.model.config.vocab_size
+
+    def set_tokenizer(self, tokenizer: RxtTokenizer) -> None:
+        """Use this tokenizer from now on."""
+        super().set_tokenizer(tokenizer)
+        self._stream = None
 
     def save_into(self, directory: Path) -> None:
         """Write config and weights."""
@@ -109,6 +120,10 @@ class RxTAlpha(PretrainedModel):
         """One line on the model and its memory."""
         config, total = self.model.config, measure_size(self.model.config).total.parameters
         return f"{total:,} parameters, memory of {config.layers} layers x {config.memory.slots} slots"
+
+    def set_execution(self, execution: Execution) -> None:
+        """Run decoding steps eagerly (the default), compiled, or as CUDA graphs: the same tokens, see `Stepper`."""
+        self._stepper = Stepper(self.model, execution)
 
     # ---- memory
 
@@ -140,6 +155,8 @@ class RxTAlpha(PretrainedModel):
     def init_stm_state(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> None:
         """Write an interaction [1 or B, T] into the memory: what a system prompt is elsewhere."""
         ids, mask = self._rows(input_ids, attention_mask)
+        if ids.shape[1] > (window := self.model.config.max_length):
+            raise DataError(f"an interaction of {ids.shape[1]} tokens; the model's window holds {window}")
         self._memory = self.model.write(self.memory, ids, mask)
 
     def export_stm_state(self) -> Tensor:
@@ -185,13 +202,20 @@ class RxTAlpha(PretrainedModel):
         truncation: bool = False,
     ) -> Encoded:
         """The same for several texts, right-padded: [B, T]."""
+        if not texts:
+            raise DataError("no texts to tokenize")
         tokenizer, window = self.own_tokenizer(), self._window(max_seq_len)
         return self._encoded([tokenizer.encode_query(text, window, truncation)[:-1] for text in texts], device)
 
     def stringify_token(self, token_id: int) -> str:
-        """What a token of the running answer adds to its text; '' for special tokens and signals."""
+        """What a token of the running answer adds to its text; '' for special tokens and signals.
+
+        An answer that ended inside a character is completed at the signal -1.
+        """
         if self._stream is None:
             self._stream = self.own_tokenizer().stream()
+        if token_id == UPDATE_STARTED:
+            return self._stream.end()
         return self._stream.push(token_id) if token_id >= 0 else ""
 
     def stringify_batch(self, generated_ids: Tensor, attention_mask: Tensor | None = None) -> list[str]:
@@ -288,7 +312,7 @@ class RxTAlpha(PretrainedModel):
         options = SamplingOptions(temperature, 1.0 if top_p is None else top_p, top_k=top_k)
         limits = [window - len(prompt) for prompt in prompts]
         self._stream = None
-        for event in interact_batch(self.model, prompts, self.memory, options, seeds, limits):
+        for event in interact_batch(self.model, prompts, self.memory, options, seeds, limits, self._stepper):
             if isinstance(event, MemoryUpdated):
                 self._memory = event.memory
             yield event
@@ -321,6 +345,10 @@ class RxTAlpha(PretrainedModel):
             )
         if not mask.any(dim=1).all():
             raise DataError("a row of input_ids has no real token")
+        if not 0 <= int(ids.min()) <= int(ids.max()) < self.vocab_size:
+            raise DataError(
+                f"input_ids hold {int(ids.min())} to {int(ids.max())}: the model knows 0 to {self.vocab_size - 1}"
+            )
         return ids.expand(self._batch, -1), mask.expand(self._batch, -1)
 
 

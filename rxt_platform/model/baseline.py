@@ -38,14 +38,19 @@ class StatelessTransformer(nn.Module):
 def matched_baseline(config: ModelConfig, window: int) -> ModelConfig:
     """The baseline of a Reactive Transformer: total parameters as close to its (without MLM head) as can be.
 
-    The number of layers comes closest first, then the width of the feed-forward parts, in steps of 8. `window` is the
+    About as many layers as come closest, then the width of the feed-forward parts, in steps of 8. `window` is the
     longest history in tokens.
     """
     wanted = measure_size(config).total.parameters
     one, two = (_parameters(_resized(config, window, layers, 1.0)) for layers in (1, 2))
-    layers = max(1, 1 + round((wanted - one) / (two - one)))
-    narrow, wide = (_parameters(_resized(config, window, layers, width)) for width in (1.0, 2.0))
-    return _resized(config, window, layers, 1.0 + (wanted - narrow) / (wide - narrow))
+    nearest = 1 + round((wanted - one) / (two - one))
+    candidates = []
+    for layers in {max(1, nearest - 1), max(1, nearest), nearest + 1}:
+        narrow, wide = (_parameters(_resized(config, window, layers, width)) for width in (1.0, 2.0))
+        width = 1.0 + (wanted - narrow) / (wide - narrow)
+        if width > 0:
+            candidates.append(_resized(config, window, layers, width))
+    return min(candidates, key=lambda candidate: abs(_parameters(candidate) - wanted))
 
 
 def _resized(config: ModelConfig, window: int, layers: int, width: float) -> ModelConfig:

@@ -5,6 +5,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+GENERATED = "<!-- written by rxt-platform: take this line out to keep your own text when the model is saved again -->"
 _USE = {
     "RxTAlpha": """from rxt_platform import RxTAlpha
 
@@ -56,6 +57,8 @@ def card_metadata(figures: Mapping[str, Any] | None) -> ModelCardData:
 def card_text(architecture: str, facts: Mapping[str, str], figures: Mapping[str, Any] | None) -> str:
     """The card in Markdown."""
     lines = [
+        GENERATED,
+        "",
         f"# {figures['name'] if figures else 'A Reactive Transformer'}",
         "",
         "A Reactive Transformer ([arXiv:2510.03561](https://arxiv.org/abs/2510.03561)): it answers one message at a "

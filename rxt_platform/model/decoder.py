@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rxt_platform.config.model import LayerKind, ModelConfig
+from rxt_platform.errors import ModelError
 from rxt_platform.model.attention import Attention, RotaryEmbedding
 from rxt_platform.model.feedforward import MixtureOfExperts, RealTokens, Routed, SwiGLU
 from rxt_platform.model.heads import VocabularyHead
@@ -158,7 +159,10 @@ class Decoder(nn.Module):
         return self._normed(x), balance, torch.stack([one.usage for one in routed])
 
     def _memory_layers(self, memory: Tensor | None) -> list[Tensor | None]:
-        """Each layer's own memory [B, S, D], None in stateless layers."""
+        """Each layer's own memory [B, S, D], None in stateless layers. Raises ModelError when they are not as many."""
+        stateful, given = sum(layer.stateful for layer in self.layers), 0 if memory is None else memory.shape[0]
+        if stateful != given:
+            raise ModelError(f"a memory of {given} layers for {stateful} layers that read one")
         slots = iter(() if memory is None else memory.unbind(0))
         return [next(slots) if layer.stateful else None for layer in self.layers]
 

@@ -44,6 +44,8 @@ class RxTEncoder(PretrainedModel):
     Heads: `classification` gives logits [B, outputs], `regression` numbers [B, outputs], `value` one a row [B, 1].
     """
 
+    has_figures = False  # those of a run are of its whole model
+
     def __init__(self, config: ModelConfig, head: HeadConfig, tokenizer: RxtTokenizer | None = None) -> None:
         super().__init__()
         self.config, self.head_config, self.tokenizer, self.figures = config, head, tokenizer, None
@@ -57,6 +59,11 @@ class RxTEncoder(PretrainedModel):
         )
 
     @property
+    def vocab_size(self) -> int:
+        """Token ids that the model knows."""
+        return self.config.vocab_size
+
+    @property
     def window(self) -> int:
         """Longest input in tokens. Rotary positions allow more than the model was trained on."""
         return self.head_config.max_length or self.config.max_length
@@ -66,8 +73,8 @@ class RxTEncoder(PretrainedModel):
 
         Raises DataError for a row without a real token and for an input longer than the window.
         """
-        if input_ids.shape[1] > self.window:
-            raise DataError(f"an input of {input_ids.shape[1]} tokens; the encoder's window holds {self.window}")
+        if not 0 < input_ids.shape[1] <= self.window:
+            raise DataError(f"an input of {input_ids.shape[1]} tokens; the encoder's window holds 1 to {self.window}")
         if attention_mask is None:
             return self.encoder(self.embedding(input_ids), None)[-1].mean(dim=1)
         mask = attention_mask.bool()
@@ -108,7 +115,8 @@ class RxTEncoder(PretrainedModel):
         if "head" in raw:
             if head is not None:
                 raise ArtifactError(f"{directory}: has a head of its own; leave out `head`")
-            model = cls(files.model_config(raw.get("model"), directory), _head(raw["head"], directory))
+            with torch.device("meta"):
+                model = cls(files.model_config(raw.get("model"), directory), _head(raw["head"], directory))
             files.load_weights(model, directory, dtype)
         elif head is None:
             raise ArtifactError(
@@ -118,8 +126,9 @@ class RxTEncoder(PretrainedModel):
             model = cls(files.model_config(raw, directory), _head(head, directory))
             parts = ("embedding.", "encoder.")
             state = {k: v for k, v in files.read_weights(directory).items() if k.startswith(parts)}
-            files.fill(model, {**model.head_state(), **state}, directory, dtype)
-        model.tokenizer = tokenizer or files.load_tokenizer(directory, model.config)
+            precision = dtype or next(iter(state.values()), model.embedding.weight).dtype
+            files.fill(model, {**model.head_state(), **state}, directory, precision)
+        model.set_tokenizer(tokenizer or files.load_tokenizer(directory, model.config))
         return model
 
     def head_state(self) -> dict[str, Tensor]:

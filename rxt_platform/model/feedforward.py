@@ -106,20 +106,25 @@ class MixtureOfExperts(nn.Module):
         return probabilities.topk(self.config.per_token, dim=-1).indices
 
     def _apply_experts(self, tokens: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-        """Outputs of the chosen experts, weighted and summed: [N, D], [N, k], [N, k] -> [N, D]."""
-        assignment = chosen.flatten()
-        expert, order = assignment.sort(stable=True)
-        every = torch.arange(self.config.number, device=tokens.device)
-        ends = torch.searchsorted(expert, every, right=True, out_int32=True)
-        hidden = grouped_mm(tokens[order // self.config.per_token], self.input_weight, offs=ends)
+        """Outputs of the chosen experts, weighted and summed: [N, D], [N, k], [N, k] -> [N, D].
+
+        Biases are matrix products with one-hot rows and with the routing weights: to gather a bias for each of N * k
+        rows costs as much memory traffic as the experts, and its gradient would be summed in the weights' precision.
+        """
+        experts = self.config.number
+        expert, order = chosen.flatten().sort(stable=True)
+        ends = torch.searchsorted(expert, torch.arange(experts, device=expert.device), right=True, out_int32=True)
+        hidden = grouped_mm(tokens.index_select(0, order // self.config.per_token), self.input_weight, offs=ends)
         if self.input_bias is not None:
-            hidden = hidden + self.input_bias[expert]
+            hidden = torch.addmm(hidden, F.one_hot(expert, experts).to(hidden.dtype), self.input_bias)
         linear, gate = hidden.chunk(2, dim=-1)
         result = grouped_mm(linear * F.silu(gate), self.output_weight, offs=ends)
+        back = torch.empty_like(order).index_put((order,), torch.arange(len(order), device=order.device))
+        mixed = (result.index_select(0, back).unflatten(0, weights.shape) * weights.unsqueeze(-1)).sum(dim=1)
         if self.output_bias is not None:
-            result = result + self.output_bias[expert]
-        unsorted = torch.empty_like(result).index_put((order,), result)
-        return (unsorted.unflatten(0, weights.shape) * weights.unsqueeze(-1)).sum(dim=1)
+            spread = weights.new_zeros(len(weights), experts).scatter(1, chosen, weights)
+            mixed = torch.addmm(mixed, spread, self.output_bias)
+        return mixed
 
     def _add_shared(self, tokens: Tensor, mixed: Tensor) -> Tensor:
         """Add the shared experts: one as it is, several weighted by a softmax of their own (REF 1.5)."""

@@ -19,7 +19,7 @@ from rxt_platform.storage.directory import MANIFEST, verify_directory
 CONFIG, WEIGHTS, TOKENIZER, FIGURES = "config.json", "model.safetensors", "tokenizer.json", "evaluation.json"
 MODEL_TYPE = "reactive-transformer"
 _REPORT = "report.json"  # of a run's folder
-_FIGURE_KEYS = ("name", "answer_tokens", "memory_reset", "recall", "stages")
+_FIGURES = {"name": str, "answer_tokens": dict, "memory_reset": dict, "recall": dict, "stages": list}
 _HEADER = ("model_type", "architectures")
 
 
@@ -54,6 +54,8 @@ def find_model(path: str | Path) -> Path:
             directory = Path(json.loads(report.read_text())["model"])
         except (ValueError, KeyError, TypeError):
             raise ArtifactError(f"{report}: not a run's report; give the model's directory instead") from None
+        if not directory.is_dir():  # the run's storage was moved
+            directory = report.parent.parent / "artifacts" / directory.name
     if not directory.is_dir():
         raise ArtifactError(f"{directory}: no such model directory")
     if (directory / MANIFEST).exists():
@@ -68,15 +70,17 @@ def read_figures(path: str | Path) -> dict[str, Any] | None:
         if file.is_file():
             try:
                 report = json.loads(file.read_text())
-                return {key: report[key] for key in _FIGURE_KEYS}
-            except (ValueError, KeyError, TypeError) as error:
+                return {key: kind(report[key]) for key, kind in _FIGURES.items()}
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise ArtifactError(f"{file}: not figures of a model: {error}") from None
     return None
 
 
-def write_figures(directory: Path, figures: dict[str, Any]) -> None:
-    """Keep a model's figures beside it."""
-    (directory / FIGURES).write_text(json.dumps(figures, indent=2))
+def write_figures(directory: Path, figures: dict[str, Any] | None) -> None:
+    """Keep a model's figures beside it, and no other model's."""
+    (directory / FIGURES).unlink(missing_ok=True)
+    if figures:
+        (directory / FIGURES).write_text(json.dumps(figures, indent=2))
 
 
 def load_model(directory: Path, dtype: torch.dtype | None = None) -> tuple[ReactiveTransformer, RxtTokenizer]:
@@ -94,7 +98,7 @@ def read_config(directory: Path) -> dict[str, Any]:
         config = json.loads(path.read_text())
     except FileNotFoundError:
         raise ArtifactError(f"{directory}: no {CONFIG}: not a model directory") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{path}: not a model configuration: {error}") from error
     if not isinstance(config, dict):
         raise ArtifactError(f"{path}: not a model configuration: it holds {type(config).__name__}")
@@ -125,7 +129,10 @@ def load_tokenizer(directory: Path, config: ModelConfig) -> RxtTokenizer:
 
 
 def load_weights(model: nn.Module, directory: Path, dtype: torch.dtype | None = None) -> None:
-    """Fill `model` from `directory`, in the file's precision or `dtype`; tensors that don't fit are named."""
+    """Fill `model` from `directory`; tensors that don't fit are named.
+
+    Into an empty model they go in the file's precision, otherwise in the model's; `dtype` asks for another.
+    """
     fill(model, read_weights(directory), directory, dtype)
 
 
@@ -141,9 +148,14 @@ def fill(model: nn.Module, state: dict[str, Tensor], directory: Path, dtype: tor
             raise ArtifactError(f"{path}: {name} is {tuple(state[name].shape)}, the model has {tuple(tensor.shape)}")
         if tensor.is_floating_point() != state[name].is_floating_point():
             raise ArtifactError(f"{path}: {name} is {state[name].dtype}, the model has {tensor.dtype}")
+    if dtype is not None and not next(iter(expected.values())).is_meta:
+        model.to(dtype)
     if dtype is not None:
         state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
-    model.load_state_dict(state, assign=next(iter(expected.values())).is_meta)
+    empty = next(iter(expected.values())).is_meta
+    if empty:  # in memory of their own: where tensors lie in a file, they are not aligned for vector instructions
+        state = {name: tensor.clone() for name, tensor in state.items()}
+    model.load_state_dict(state, assign=empty)
 
 
 def read_weights(directory: Path) -> dict[str, Tensor]:

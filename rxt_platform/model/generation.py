@@ -18,6 +18,7 @@ from rxt_platform.model.decoder import Cache, Decoder
 from rxt_platform.model.transformer import ReactiveTransformer
 
 Execution = Literal["eager", "compile", "cuda_graph"]
+_FIRST = 512  # tokens that are sorted first when drawing from a nucleus
 _NOT_FINITE = -1  # in place of a token, where the logits held NaN or infinity
 
 
@@ -198,6 +199,9 @@ def generate(
     this model's and for logits that are not finite.
     """
     rows, window = len(prompts), model.config.max_length
+    for name, given in (("seeds", seeds), ("limits", limits)):
+        if given is not None and len(given) != rows:
+            raise DataError(f"{len(given)} {name} for {rows} prompts: give each its own")
     ends = _last_lengths(model.config, prompts, options, limits)
     if isinstance(model, ReactiveTransformer):
         if memory is None:
@@ -217,9 +221,10 @@ def generate(
     alive = [True] * rows
     for turn in range(1, window + 1):
         tokens = chosen.tolist()
-        if _NOT_FINITE in (token for token, live in zip(tokens, alive, strict=True) if live):
+        broken = [row for row, token in enumerate(tokens) if alive[row] and token == _NOT_FINITE]
+        if broken:
             raise ModelError(
-                f"row {tokens.index(_NOT_FINITE)}: the logits of token {turn} are not finite: the weights or the "
+                f"row {broken[0]}: the logits of token {turn} are not finite: the weights or the "
                 "memory hold NaN or infinity"
             )
         yield [token if live else None for token, live in zip(tokens, alive, strict=True)]
@@ -264,6 +269,8 @@ def _last_lengths(
                 f"0 to {config.vocab_size - 1}; it was made with another tokenizer"
             )
         limit = options.max_new_tokens if limits is None else limits[row]
+        if limit is not None and limit < 1:
+            raise DataError(f"limit {limit} of prompt {row}: must be 1 token or more")
         ends.append(config.max_length if limit is None else min(config.max_length, len(prompt) + limit))
     return ends
 
@@ -272,6 +279,8 @@ def _draws(seeds: Sequence[int], options: SamplingOptions, window: int) -> Tenso
     """Uniform numbers [B, window] in [0, 1), one for each token, each row's from its own seed; [B, 1] when greedy."""
     if options.temperature == 0:
         return torch.zeros(len(seeds), 1)
+    if any(not 0 <= seed < 2**63 for seed in seeds):
+        raise DataError(f"seeds {list(seeds)}: each must be in [0, 2**63)")
     return torch.stack([torch.rand(window, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
@@ -280,21 +289,39 @@ def choose(logits: Tensor, options: SamplingOptions, draws: Tensor) -> Tensor:
 
     Drawn by inverting the cumulative distribution of the tokens that may be drawn.
     """
-    broken = ~logits.isfinite().all(dim=-1)
+    broken = ~logits.sum(dim=-1, dtype=torch.float32).isfinite()  # one pass; NaN and infinity survive a sum
     if options.temperature == 0:
         return logits.argmax(dim=-1).masked_fill(broken, _NOT_FINITE)
-    ordered = (logits.float() / options.temperature).softmax(dim=-1)
+    logits = logits.float()
+    ordered = ((logits - logits.amax(dim=-1, keepdim=True)) / options.temperature).softmax(dim=-1)
     order = None
     if options.top_k is not None or options.top_p < 1:
-        ordered, order = ordered.topk(min(options.top_k or ordered.shape[-1], ordered.shape[-1]), dim=-1)
-    before = ordered.cumsum(dim=-1) - ordered
-    ordered = ordered * (before < options.top_p * ordered.sum(dim=-1, keepdim=True))
+        ordered, order = _likeliest(ordered, options)
+        mass = 1.0 if options.top_k is None else ordered.sum(dim=-1, keepdim=True)
+        before = ordered.cumsum(dim=-1) - ordered
+        ordered = ordered * (before < options.top_p * mass)
     ends = ordered.cumsum(dim=-1)
     place = (ends <= draws[:, None] * ends[:, -1:]).sum(dim=-1, keepdim=True)
     # Rounding may take a draw next to 1 past the end; the last token with any probability is where the sum is reached.
     place = place.minimum((ends < ends[:, -1:]).sum(dim=-1, keepdim=True))
     picked = place if order is None else order.gather(1, place)
     return picked[:, 0].masked_fill(broken, _NOT_FINITE)
+
+
+def _likeliest(probabilities: Tensor, options: SamplingOptions) -> tuple[Tensor, Tensor]:
+    """The tokens that may be drawn, likeliest first, with their probabilities: all that `top_k` and `top_p` keep.
+
+    Sorting a whole vocabulary costs more than a small model's step, so where values can be looked at, it is done only
+    if the first tokens don't reach `top_p`.
+    """
+    vocabulary = probabilities.shape[-1]
+    fixed = torch.compiler.is_compiling() or (probabilities.is_cuda and torch.cuda.is_current_stream_capturing())
+    if options.top_k is None and vocabulary > _FIRST and not fixed:
+        first = probabilities.topk(_FIRST, dim=-1)
+        if bool((first.values.sum(dim=-1) >= options.top_p).all()):
+            return first.values, first.indices
+    kept = probabilities.topk(min(options.top_k or vocabulary, vocabulary), dim=-1)
+    return kept.values, kept.indices
 
 
 def answer_batch(

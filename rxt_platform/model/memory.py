@@ -138,8 +138,10 @@ def initial_memory(config: ModelConfig, seeds: Tensor, device: torch.device, dty
     shape = (config.layers, memory.slots, config.hidden_size)
     kind = memory.initialization
     if kind in ("standard", "normal", "uniform"):
-        rows = torch.stack([_draw(kind, shape, seed) for seed in seeds.tolist()], dim=1)
-        return rows.to(device, dtype)
+        memories = torch.empty(config.layers, len(seeds), memory.slots, config.hidden_size)
+        for index, seed in enumerate(seeds.tolist()):
+            memories[:, index] = _draw(kind, shape, seed)
+        return memories.to(device, dtype)
     row = _fixed(shape) if kind == "fixed" else torch.full(shape, 1.0 if kind == "ones" else 0.0)
     return row.unsqueeze(1).expand(-1, len(seeds), -1, -1).to(device, dtype)
 

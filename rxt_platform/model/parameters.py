@@ -11,6 +11,7 @@ from rxt_platform.config.model import ModelConfig
 from rxt_platform.config.stages import Component
 from rxt_platform.model.attention import Attention
 from rxt_platform.model.feedforward import MixtureOfExperts
+from rxt_platform.model.memory import ResidualGate
 from rxt_platform.model.transformer import ReactiveTransformer
 
 
@@ -108,23 +109,29 @@ def decode_flops(model: ReactiveTransformer) -> int:
 
 def write_flops(model: ReactiveTransformer) -> int:
     """FLOPs of encoding and writing a full window and projecting the memory's new keys and values, for each token."""
-    config = model.config
-    window, slots = config.max_length, config.memory.slots
-    flops = window * _product_flops(model.encoder)
+    window, slots = model.config.max_length, model.config.memory.slots
+    flops = 0
     for layer in model.encoder.layers:
-        flops += window * _reading_flops(layer.attention, window)
+        flops += window * _product_flops(layer.feed_forward) + _attention_flops(layer.attention, window, window)
+        if layer.frozen_memory is not None:
+            flops += _attention_flops(layer.frozen_memory.attention, window, slots)
     for written in model.memory_attention.layers:
-        write = written.write_attention
-        keys = _product_flops(write.key) + _product_flops(write.value)
-        flops += window * keys + slots * (_product_flops(write) - keys + _reading_flops(write, window))
+        flops += _attention_flops(written.write_attention, slots, window)
         if written.variant != "simple":
-            own = written.self_attention
-            flops += slots * (_product_flops(own) + _reading_flops(own, slots))
+            flops += _attention_flops(written.self_attention, slots, slots)
+        gates = [gate for gate in written.children() if isinstance(gate, ResidualGate)]
+        flops += sum(_product_flops(gate) for gate in gates)
     for read in model.decoder.layers:
         if read.stateful:
             cross = read.cross_attention
             flops += slots * (_product_flops(cross.key) + _product_flops(cross.value))
     return flops // window
+
+
+def _attention_flops(attention: Attention, queries: int, context: int) -> int:
+    """All products of an attention of `queries` tokens over `context` tokens."""
+    keys = _product_flops(attention.key) + _product_flops(attention.value)
+    return context * keys + queries * (_product_flops(attention) - keys + _reading_flops(attention, context))
 
 
 def _routed(mixture: MixtureOfExperts) -> Iterable[nn.Parameter]:

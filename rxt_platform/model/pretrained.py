@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData, ModelHubMixin, snapshot_download
@@ -11,7 +11,7 @@ from torch import nn
 from rxt_platform.data.tokenizer import RxtTokenizer
 from rxt_platform.errors import ArtifactError, DataError
 from rxt_platform.model import files
-from rxt_platform.model.card import card_metadata, card_text
+from rxt_platform.model.card import GENERATED, card_metadata, card_text
 from rxt_platform.storage.directory import MANIFEST
 
 _PATTERNS = [files.CONFIG, files.WEIGHTS, files.TOKENIZER, files.FIGURES, "README.md"]
@@ -20,6 +20,7 @@ _PATTERNS = [files.CONFIG, files.WEIGHTS, files.TOKENIZER, files.FIGURES, "READM
 class PretrainedModel(nn.Module, ModelHubMixin, library_name="rxt-platform", tags=["reactive-transformer", "memory"]):
     """What all faces of a model share: `from_pretrained`, `save_pretrained`, `push_to_hub`, a tokenizer, figures."""
 
+    has_figures: ClassVar[bool] = True
     tokenizer: RxtTokenizer | None
     figures: dict[str, Any] | None
 
@@ -53,7 +54,7 @@ class PretrainedModel(nn.Module, ModelHubMixin, library_name="rxt-platform", tag
             revision=revision,
         )
         model = cls.from_directory(directory, tokenizer, **options)
-        model.figures = files.read_figures(place) or files.read_figures(directory)
+        model.figures = (files.read_figures(place) or files.read_figures(directory)) if cls.has_figures else None
         return model.eval()
 
     @classmethod
@@ -65,14 +66,31 @@ class PretrainedModel(nn.Module, ModelHubMixin, library_name="rxt-platform", tag
         """Write `config.json` and `model.safetensors`."""
         raise NotImplementedError
 
+    def save_pretrained(
+        self, save_directory: str | Path, *, push_to_hub: bool = False, repo_id: str | None = None, **options: Any
+    ) -> str | None:
+        """Write `config.json`, `model.safetensors`, `tokenizer.json`, the figures and a card.
+
+        `push_to_hub` shares them too, with Hugging Face's options. A card that was written by hand stays as it is.
+        Raises RxtError, and writes nothing, without a tokenizer and for a run's artifact.
+        """
+        directory = Path(save_directory)
+        if (directory / MANIFEST).exists():
+            raise ArtifactError(f"{directory}: a run's artifact, which must stay as it is; save somewhere else")
+        self.own_tokenizer()
+        card = directory / "README.md"
+        try:
+            if card.is_file() and GENERATED in card.read_text(errors="replace"):
+                card.unlink()
+            super().save_pretrained(directory)
+        except OSError as error:
+            raise ArtifactError(f"{directory}: cannot be written: {error}") from error
+        return self.push_to_hub(repo_id or directory.name, **options) if push_to_hub else None
+
     def _save_pretrained(self, save_directory: Path) -> None:
-        if (save_directory / MANIFEST).exists():
-            raise ArtifactError(f"{save_directory}: a run's artifact, which must stay as it is; save somewhere else")
-        tokenizer = self.own_tokenizer()
         self.save_into(save_directory)
-        tokenizer.save(save_directory / files.TOKENIZER)
-        if self.figures:
-            files.write_figures(save_directory, self.figures)
+        self.own_tokenizer().save(save_directory / files.TOKENIZER)
+        files.write_figures(save_directory, self.figures)
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
         """A card that says what the model is, how to use it and what was measured."""
@@ -89,8 +107,17 @@ class PretrainedModel(nn.Module, ModelHubMixin, library_name="rxt-platform", tag
             raise DataError("this model has no tokenizer: use set_tokenizer")
         return self.tokenizer
 
+    @property
+    def vocab_size(self) -> int:
+        """Token ids that the model knows."""
+        raise NotImplementedError
+
     def set_tokenizer(self, tokenizer: RxtTokenizer) -> None:
-        """Use this tokenizer from now on."""
+        """Use this tokenizer from now on; DataError if it has more tokens than the model."""
+        if tokenizer.vocab_size > self.vocab_size:
+            raise DataError(
+                f"the tokenizer has {tokenizer.vocab_size} tokens, the model {self.vocab_size}: not its own"
+            )
         self.tokenizer = tokenizer
 
 
@@ -104,8 +131,9 @@ def load_tokenizer_from_hf_hub(name: str | Path, **options: Any) -> RxtTokenizer
 
 def find_or_download(name: str | Path, patterns: list[str], **options: Any) -> Path:
     """A local model directory: `name` itself, its run's last model, or a copy of what the Hub has under that name."""
-    if Path(name).exists():
-        return files.find_model(name)
+    place = Path(name)
+    if place.exists() or place.is_absolute() or (len(place.parts) > 1 and place.parent.is_dir()):
+        return files.find_model(place)  # in a folder that is here, a name that is not is a mistyped one
     try:
         return Path(snapshot_download(str(name), allow_patterns=patterns, **options))
     except (OSError, ValueError) as error:  # the Hub's own errors are kinds of these

@@ -91,7 +91,8 @@ class JointStage:
             readable = readable & kept
         if decoder_only:
             alone = row_uniform(seeds, (1,), 3, mask.device) < decoder_only
-            empty = model.initial_memory(seeds)
+            empty = encoded.new_zeros(layers, len(seeds), model.config.memory.slots, size)
+            empty[:, alone[:, 0]] = model.initial_memory(seeds[alone[:, 0]])
             slots = max(empty.shape[2], length)
             encoded, empty = (F.pad(x, (0, 0, 0, slots - x.shape[2])) for x in (encoded, empty))
             used = torch.arange(slots, device=mask.device) < model.config.memory.slots

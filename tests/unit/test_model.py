@@ -1,15 +1,10 @@
-"""Promises of the Reactive Transformer: sizes, padding, causality, memory as a value, gates, positions, experts."""
-
-from typing import Any
+"""Promises of the Reactive Transformer: sizes, padding, causality, memory as a value, gates, positions."""
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from rxt_platform.config.model import ExpertsConfig
 from rxt_platform.model.attention import RotaryEmbedding, rotate
-from rxt_platform.model.feedforward import MixtureOfExperts, RealTokens, SwiGLU, balance_loss
 from rxt_platform.model.memory import ResidualGate
 from rxt_platform.model.parameters import component_of, measure_size
 from tests.unit.helpers import FIRST_WORD, gradients, padded, rows_of, tiny_config, tiny_model
@@ -287,99 +282,6 @@ def test_rotated_products_depend_only_on_the_distance() -> None:
     assert product(9, 4) == pytest.approx(product(105, 100), abs=1e-4)
     assert product(9, 4) == pytest.approx(product(5, 0), abs=1e-5)
     assert abs(product(9, 4) - product(9, 6)) > 1e-2
-
-
-def test_swiglu_gates_the_first_half_by_the_second() -> None:
-    layer = SwiGLU(1, 2)
-    layer.input.weight.data = torch.tensor([[1.0], [2.0], [3.0], [-1.0]])
-    layer.input.bias.data = torch.tensor([0.5, 0.0, 0.0, 0.0])
-    layer.output.weight.data = torch.tensor([[1.0, 10.0]])
-    layer.output.bias.data = torch.tensor([0.25])
-    # x = 2: linear part (2.5, 4), gates (6, -2)
-    expected = 2.5 * 6 * sigmoid(6.0) + 10 * 4 * -2 * sigmoid(-2.0) + 0.25
-    assert float(layer(torch.tensor([2.0])).detach()) == pytest.approx(expected, abs=1e-5)
-
-
-def mixture(experts: int, chosen: int, **settings: Any) -> MixtureOfExperts:
-    """A mixture of 16 channels with experts 8 wide."""
-    return MixtureOfExperts(16, ExpertsConfig(number=experts, per_token=chosen, size=8, **settings))
-
-
-def plain_mixture(layer: MixtureOfExperts, x: Tensor) -> Tensor:
-    """One token [D] through its best experts, as REF 1.5 says it."""
-    probabilities = (layer.router.weight @ x).softmax(dim=0)
-    best = sorted(range(layer.config.number), key=lambda e: -float(probabilities[e].detach()))[: layer.config.per_token]
-    total = sum(probabilities[e] for e in best)
-    result = torch.zeros_like(x)
-    for e in best:
-        linear, gate = (x @ layer.input_weight[e] + layer.input_bias[e]).chunk(2)
-        out = (linear * F.silu(gate)) @ layer.output_weight[e] + layer.output_bias[e]
-        result = result + probabilities[e] / total * out
-    return result
-
-
-@pytest.mark.parametrize(("experts", "chosen"), [(4, 1), (5, 2), (3, 3)])
-def test_experts_give_what_a_plain_loop_over_tokens_gives(experts: int, chosen: int) -> None:
-    torch.manual_seed(1)
-    layer = mixture(experts, chosen)
-    x = torch.randn(3, 7, 16)
-    mask = torch.arange(7) < torch.tensor([[7], [2], [5]])
-    with torch.no_grad():
-        output, *_ = layer(x, RealTokens.of(mask))
-        for row, column in mask.nonzero().tolist():
-            torch.testing.assert_close(output[row, column], plain_mixture(layer, x[row, column]), atol=1e-6, rtol=1e-5)
-    assert (output[~mask] == 0).all()
-
-
-def test_experts_without_a_token_are_no_problem() -> None:
-    torch.manual_seed(1)
-    layer = mixture(4, 1)
-    layer.router.weight.data.zero_()
-    layer.router.weight.data[2] = 5.0
-    x = torch.rand(1, 3, 16)  # all positive: everything goes to expert 2
-    output, balance, usage = layer(x, None)
-    assert usage.tolist() == [0, 0, 3, 0]
-    torch.testing.assert_close(output[0, 1], plain_mixture(layer, x[0, 1]), atol=1e-6, rtol=1e-5)
-    assert float(balance.detach()) == pytest.approx(4.0, abs=1e-3), "all on one expert is as unbalanced as can be"
-    output.sum().backward()
-    assert layer.input_weight.grad is not None
-    assert layer.input_weight.grad[0].abs().max() == 0
-
-
-def test_balance_loss_is_one_when_balanced_and_more_when_not() -> None:
-    balanced = torch.full((4, 4), 0.25)
-    each_once = torch.arange(4)[:, None]
-    rows = torch.zeros(4, dtype=torch.int64)
-    assert float(balance_loss(balanced, each_once, rows, 1)) == pytest.approx(1.0)
-    pairs = torch.tensor([[0, 1], [2, 3], [0, 2], [1, 3]])
-    assert float(balance_loss(balanced, pairs, rows, 1)) == pytest.approx(1.0), "however many experts a token has"
-    skewed = torch.tensor([[0.7, 0.1, 0.1, 0.1]]).expand(4, 4)
-    assert float(balance_loss(skewed, torch.zeros(4, 1, dtype=torch.int64), rows, 1)) == pytest.approx(4 * 0.7)
-    # Probabilities of experts that were not chosen count too, else it would reward nothing but low confidence.
-    mixed = torch.tensor([[0.6, 0.2, 0.1, 0.1], [0.1, 0.5, 0.2, 0.2]])
-    expected = 4 * (0.5 * 0.35 + 0.5 * 0.35)
-    assert float(balance_loss(mixed, torch.tensor([[0], [1]]), rows[:2], 1)) == pytest.approx(expected)
-
-
-def test_balance_loss_of_a_row_ignores_other_rows_and_padding() -> None:
-    torch.manual_seed(1)
-    layer = mixture(4, 2)
-    x = torch.randn(3, 7, 16)
-    mask = torch.arange(7) < torch.tensor([[7], [2], [5]])
-    with torch.no_grad():
-        together = layer(x, RealTokens.of(mask)).balance
-        alone = torch.cat([layer(x[i : i + 1, :n], None).balance for i, n in enumerate((7, 2, 5))])
-    assert together.shape == (3,)
-    torch.testing.assert_close(together, alone)
-
-
-def test_the_model_s_balance_is_the_mean_over_its_layers() -> None:
-    model = tiny_model()
-    for layer in model.decoder.layers:
-        layer.feed_forward.router.weight.data.zero_()  # all experts equally likely
-    ids, mask = padded(rows_of(9, 4, 6))
-    balance = model.decode_states(ids, mask, model.initial_memory(SEEDS)).balance
-    torch.testing.assert_close(balance.detach(), torch.ones(3))
 
 
 def test_an_answer_s_loss_reaches_encoder_and_memory_attention_through_the_write() -> None:

@@ -108,6 +108,123 @@ def test_a_query_that_fills_the_window_is_a_data_error_with_place_and_sizes() ->
         encode_conversation(talk, tokenizer, 12, "interactions.train, row 3")
 
 
+def test_a_query_that_fits_is_never_cut(caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = word_tokenizer()
+    size = len(tokenizer.encode("What has Tom?"))
+    whole = tokenizer.encode_query("What has Tom?")
+    assert tokenizer.encode_query("What has Tom?", size + 4) == whole
+    assert tokenizer.encode_query("What has Tom?", size + 4, truncate=True) == whole
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("window", [5, 8, 12, 17, 40])
+def test_a_query_too_long_can_lose_its_end_with_a_warning(window: int, caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer, text = word_tokenizer(), "Lily likes cake and plays near the lake. " * 9
+    ids = tokenizer.encode(text)
+    cut = tokenizer.encode_query(text, window, truncate=True)
+    kept = len(cut) - 3
+    assert cut == [BOS, QUERY, *ids[:kept], ANSWER]
+    assert kept >= 1
+    assert window - len(cut) == max(1, window // 4), "room for an answer"
+    assert [record.getMessage() for record in caplog.records] == [
+        f"query cut from {len(ids)} to {kept} tokens: the window holds {window}"
+    ]
+    with pytest.raises(DataError, match="shorten it, or ask for truncation"):
+        tokenizer.encode_query(text, window)
+
+
+@pytest.mark.parametrize("query", ["", " ", "\n\t "])
+def test_an_empty_query_is_a_data_error(query: str) -> None:
+    with pytest.raises(DataError, match="empty query: there is nothing to answer"):
+        word_tokenizer().encode_query(query, 20, truncate=True)
+    with pytest.raises(DataError, match="empty query"):
+        word_tokenizer().encode_interaction(query, "A hat.", 64)
+
+
+def test_markers_in_a_text_stand_for_themselves() -> None:
+    tokenizer = word_tokenizer()
+    for text in ("[Q] What has Tom? [A]", "[Q]What has Tom?[A]", "  [BOS]\n[Q]  What has Tom?\n[A] "):
+        assert tokenizer.encode_marked(text) == tokenizer.encode_query("What has Tom?")
+    assert tokenizer.encode_marked("Tom has") == [BOS, *tokenizer.encode("Tom has")]
+    assert tokenizer.encode_marked("") == [BOS]
+    for number, special in enumerate(SPECIAL_TOKENS):
+        assert tokenizer.encode_marked(f"{special}[Q]") == ([BOS] if number == BOS else [BOS, number]) + [QUERY]
+    middle = tokenizer.encode_marked("[Q] Tom [A] a  hat [EOS] [Q] Lily")
+    hat, tom, lily = (tokenizer.encode(text) for text in ("a  hat", "Tom", "Lily"))
+    assert middle == [BOS, QUERY, *tom, ANSWER, *hat, EOS, QUERY, *lily]
+
+
+def test_what_only_looks_like_a_marker_is_text_and_an_unknown_one_an_error() -> None:
+    tokenizer = word_tokenizer()
+    for text in ("a [q] b", "[ Q ]", "x[0]", "[]", "[Ab]"):
+        assert tokenizer.encode_marked(text) == [BOS, *tokenizer.encode(text)]
+    for text, marker in (("[Q] Hi. [X]", r"\[X\]"), ("[MEMORY]", r"\[MEMORY\]")):
+        with pytest.raises(DataError, match=rf"unknown special token {marker}; known: \[PAD\], .*\[Q\], \[A\]"):
+            tokenizer.encode_marked(text)
+
+
+# ---- text of a running answer
+
+
+def streamed(ids: list[int]) -> tuple[list[str], str]:
+    """What a stream gives for each token, and at the end."""
+    stream = word_tokenizer().stream()
+    return [stream.push(token) for token in ids], stream.end()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Tom has a red hat.",
+        " one space",
+        "   three",
+        "",
+        " ",
+        "\n\tTabs",
+        "emoji 🐈‍⬛ 🇵🇱",
+        "Zażółć 日本 हिन्दी",
+        "\ufffd",
+        "a\ufffdb",
+    ],
+)
+def test_streamed_pieces_are_the_text(text: str) -> None:
+    pieces, rest = streamed(word_tokenizer().encode(text))
+    assert "".join(pieces) + rest == text
+    assert rest == ("\ufffd" if text.endswith("\ufffd") else "")
+
+
+def test_a_character_is_streamed_with_the_last_of_its_tokens() -> None:
+    tokenizer = word_tokenizer()
+    ids = tokenizer.encode("a🐈b")
+    assert len(ids) > 5
+    pieces, rest = streamed(ids)
+    assert [piece for piece in pieces if piece] == ["a", "🐈", "b"]
+    assert rest == ""
+    cut, rest = streamed(ids[:-2])
+    assert [piece for piece in cut if piece] == ["a"]
+    assert set(rest) == {"\ufffd"}, "an answer that ends inside a character shows that something is missing"
+
+
+def test_special_tokens_are_not_streamed_and_do_not_split_a_character() -> None:
+    tokenizer = word_tokenizer()
+    hat = tokenizer.encode("é hat")
+    assert streamed(list(range(len(SPECIAL_TOKENS)))) == ([""] * len(SPECIAL_TOKENS), "")
+    pieces, rest = streamed([ANSWER, hat[0], PAD, *hat[1:], EOS])
+    assert "".join(pieces) == tokenizer.decode(hat) == "é hat"
+    assert (pieces[-1], rest) == ("", "")
+
+
+def test_streamed_text_is_the_decoded_text_whatever_the_tokens() -> None:
+    tokenizer = word_tokenizer()
+    for seed in range(300):
+        (ids,) = rows_of(1 + seed % 20, seed=seed, vocab=300)
+        pieces, rest = streamed(ids)
+        assert "".join(pieces) + rest == tokenizer.decode(ids), ids
+
+
+# ---- files
+
+
 def test_a_file_that_is_no_tokenizer_of_ours_is_an_artifact_error(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     with pytest.raises(ArtifactError, match=r"tokenizer\.json: not a readable tokenizer"):

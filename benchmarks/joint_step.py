@@ -1,0 +1,178 @@
+"""One step of joint pre-training: tokens/s and the share of the machine's peak that the model's arithmetic reaches.
+
+    python benchmarks/joint_step.py --batch 4 --compile
+
+A step is `JointStage.loss` on a batch of full windows of random tokens, backward, and fused AdamW; no DeepSpeed, no
+gradient clipping, the batch lies on the device. fp32: weights, gradients and optimizer in fp32. bf16: weights and
+gradients in bf16, AdamW on fp32 masters that are copied back, as DeepSpeed does it; not autocast, which the package
+doesn't use and which would run the experts in fp32 (it doesn't know grouped_mm). `--compile` adds a second model with
+the same weights after `compile_layers()`; steps alternate. `empty memory` is the part of a step that draws initial
+memories for the decoder-only rows, on the host.
+
+FLOPs of a step: 3 x those of the forward (a backward computes two products for each one), which are, multiply-add = 2,
+    tokens x (2 x active weights of decoder with head and encoder + 4 x heads x head size x positions attended to)
+    + memory positions x 2 x weights of the cross-attentions' keys and values + masked tokens x 2 x weights of MLM head.
+Causal self-attention is counted at half the window, memory cross-attention at all positions that it is given.
+The peak is --peak-tflops; without it the data sheet's 989 (dense bf16) on an H100 or H200, and elsewhere the best of
+the matrix products that are timed between the steps.
+"""
+
+import copy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+import torch
+import torch.nn.functional as F
+from timing import Machine, gemm_flops, interleaved, machine_options, ratio, report, spread
+from torch import Tensor, nn
+
+from rxt_platform.config.loading import load_preset, preset_names
+from rxt_platform.config.stages import JointPretrainingConfig, OptimizerConfig
+from rxt_platform.data.batches import Batch, BatchSampler, Example
+from rxt_platform.data.tokenizer import BOS, SPECIAL_TOKENS
+from rxt_platform.model import heads
+from rxt_platform.model.parameters import component_of, decode_flops
+from rxt_platform.model.transformer import ReactiveTransformer
+from rxt_platform.stages.joint import JointStage
+
+DATA_SHEET_TFLOPS = {"H100": 989.0, "H200": 989.0}  # bf16, dense
+LOSS_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # of compiled against eager, relative
+
+
+def joint_stage(model: ReactiveTransformer, rows: int, seed: int) -> JointStage:
+    """The stage with its default losses, on `rows` random texts that fill the window."""
+    config = model.config
+    generator = torch.Generator().manual_seed(seed)
+    words = torch.randint(len(SPECIAL_TOKENS), config.vocab_size, (rows, config.max_length - 1), generator=generator)
+    examples = [Example(((BOS, *text),), (1,)) for text in words.tolist()]
+    settings = JointPretrainingConfig(
+        kind="joint_pretraining", epochs=1, global_batch_size=rows, optimizer=OptimizerConfig(learning_rate=1e-4)
+    )
+    return JointStage(settings, BatchSampler(examples, rows, seed, settings.loss.mask_probability))
+
+
+def forward_flops(model: ReactiveTransformer, batch: Batch) -> int:
+    """FLOPs of the forward of a joint step on full windows, see the top of this file."""
+    config = model.config
+    tokens, length = batch.mask.numel(), batch.mask.shape[-1]
+    read = max(config.memory.slots, length)  # encoder states and empty memories are padded to the longer
+    flops = tokens * decode_flops(model)  # with self-attention to the full window, and the memory's slots
+    for layer in model.decoder.layers:
+        flops -= tokens * 2 * layer.self_attention.output.in_features * length
+        if layer.stateful:
+            cross = layer.cross_attention
+            flops += tokens * 4 * cross.output.in_features * (read - config.memory.slots)
+            flops += batch.total_rows * read * 2 * (cross.key.weight.numel() + cross.value.weight.numel())
+    for encoded in model.encoder.layers:
+        flops += tokens * (2 * _linear_weights(encoded) + 4 * encoded.attention.output.in_features * length)
+    return flops + batch.total_hidden * 2 * _linear_weights(model.mlm_head)
+
+
+def _linear_weights(module: nn.Module) -> int:
+    return sum(part.weight.numel() for part in module.modules() if isinstance(part, nn.Linear))
+
+
+def training_step(model: ReactiveTransformer, stage: JointStage, batch: Batch) -> Callable[[], float]:
+    """Forward, backward and update; gives the loss."""
+    (phase,) = stage.phases()
+    trained: list[Tensor] = [weight for name, weight in model.named_parameters() if component_of(name) in phase.trains]
+    in_bf16 = trained[0].dtype == torch.bfloat16
+    masters = [weight.detach().float() for weight in trained] if in_bf16 else trained
+    optimizer = torch.optim.AdamW(masters, lr=stage.config.optimizer.learning_rate, fused=True)
+
+    def step() -> float:
+        report = stage.loss(model, batch, phase)
+        report.loss.backward()
+        if in_bf16:
+            for master, weight in zip(masters, trained, strict=True):
+                master.grad = None if weight.grad is None else weight.grad.float()
+        optimizer.step()
+        if in_bf16:
+            with torch.no_grad():
+                torch._foreach_copy_(trained, masters)
+        model.zero_grad(set_to_none=True)
+        return float(report.loss.detach())
+
+    return step
+
+
+@click.command()
+@machine_options
+@click.option("--preset", type=click.Choice(preset_names()), default="alpha-nano", show_default=True)
+@click.option("--batch", "rows", default=32, show_default=True, help="texts of a full window")
+@click.option("--compile", "compiled", is_flag=True, help="also measure compiled layers")
+@click.option("--peak-tflops", type=click.FloatRange(min=0, min_open=True), help="of the machine, in --dtype")
+@click.option("--repeats", default=10, show_default=True)
+def main(
+    machine: Machine,
+    seed: int,
+    json_file: Path | None,
+    preset: str,
+    rows: int,
+    compiled: bool,
+    peak_tflops: float | None,
+    repeats: int,
+) -> None:
+    """Time steps of joint pre-training."""
+    model = ReactiveTransformer(load_preset(preset)).to(machine.device, machine.dtype).train()
+    whole_logits = not hasattr(F, "linear_cross_entropy")
+    if whole_logits:  # torch before 2.13 can't compute the loss of a large vocabulary in parts
+        heads._LOGITS_AT_ONCE = sys.maxsize
+    stage = joint_stage(model, rows, seed)
+    batch = stage.sampler.global_batch(0).to(machine.device)
+    models = {"eager": model}
+    if compiled:
+        models["compiled"] = copy.deepcopy(model)
+        models["compiled"].compile_layers()
+    steps = {name: training_step(each, stage, batch) for name, each in models.items()}
+
+    losses = {name: step() for name, step in steps.items()}
+    print("loss of the first step: " + ", ".join(f"{name} {loss:.5f}" for name, loss in losses.items()))
+    if not all(abs(loss / losses["eager"] - 1) <= LOSS_TOLERANCE[machine.dtype] for loss in losses.values()):
+        sys.exit(1)
+
+    product, product_flops = gemm_flops(machine)
+    parts = {"empty memory": lambda: model.initial_memory(batch.seeds), "matrix product": product}
+    seconds = interleaved({**steps, **parts}, repeats, machine, warmup=2)
+    measured = product_flops / min(seconds["matrix product"]) / 1e12
+    name = str(machine.environment()["device"])
+    sheet = next((peak for chip, peak in DATA_SHEET_TFLOPS.items() if chip in name), None)
+    if machine.dtype != torch.bfloat16:
+        sheet = None
+    peak = peak_tflops or sheet or measured
+    source = "given" if peak_tflops else "data sheet" if sheet else "best matrix product of this run"
+
+    flops, tokens = 3 * forward_flops(model, batch), batch.mask.numel()
+    print(f"\n{preset}, {rows} x {batch.mask.shape[-1]} tokens, {flops / 1e9:,.1f} GFLOPs a step; ", end="")
+    print(f"peak {peak:,.3g} TFLOP/s ({source}), matrix product {measured:,.3g} TFLOP/s")
+    print(f"{'arm':<16}{'ms':>10}{'low':>10}{'high':>10}{'tokens/s':>12}{'TFLOP/s':>10}{'MFU':>8}{'eager/arm':>11}")
+    results = {}
+    for arm in steps:
+        median, low, high = spread(seconds[arm]).values()
+        results[arm] = {
+            "step_ms": spread([1e3 * value for value in seconds[arm]]),
+            "tokens_per_second": tokens / median,
+            "tflops": flops / median / 1e12,
+            "utilisation": flops / median / 1e12 / peak,
+            "speed_up": ratio(seconds["eager"], seconds[arm]),
+        }
+        *figures, faster = list(results[arm].values())[1:]
+        print(f"{arm:<16}{1e3 * median:>10.1f}{1e3 * low:>10.1f}{1e3 * high:>10.1f}", end="")
+        print(f"{figures[0]:>12,.0f}{figures[1]:>10.3g}{figures[2]:>8.1%}{faster:>11.2f}")
+    drawing = spread([1e3 * value for value in seconds["empty memory"]])
+    print(f"{'empty memory':<16}{drawing['median']:>10.1f}{drawing['low']:>10.1f}{drawing['high']:>10.1f}")
+    settings = {"preset": preset, "batch": rows, "repeats": repeats, "seed": seed, "whole_logits": whole_logits}
+    found = {
+        "steps": results,
+        "empty_memory_ms": drawing,
+        "flops_per_step": flops,
+        "peak": {"tflops": peak, "source": source, "matrix_product_tflops": measured},
+        "first_loss": losses,
+    }
+    report("joint_step", machine, settings, found, json_file)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,627 @@
+"""Promises of the cards' interface: what the snippets say, exactly what the functional model does, text in and out."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rxt_platform import RxTAlpha, RxTAlphaDecoder, SampleDecoder, Sampler, load_tokenizer_from_hf_hub
+from rxt_platform.data.tokenizer import ANSWER, BOS, EOS, PAD, QUERY, SPECIAL_TOKENS, RxtTokenizer
+from rxt_platform.errors import ArtifactError, DataError, ModelError
+from rxt_platform.model.files import save_model
+from rxt_platform.model.generation import SamplingOptions, answer_batch, generate
+from tests.unit.helpers import tiny_config, tiny_model, word_tokenizer
+
+CONFIG = tiny_config(vocab_size=300, max_length=64)
+QUERIES = ["What has Tom?", "Lily likes cake and plays near the lake.", "Hat?"]
+TOM = word_tokenizer().encode("Tom")[0]  # " Tom", as a word has the same token anywhere
+assert word_tokenizer().decode([TOM, TOM]) == "Tom Tom"
+
+STARTED, DONE = -1, -2
+
+
+def alpha(likelier: dict[int, float] | None = None, kind: type[RxTAlpha] = RxTAlpha) -> RxTAlpha:
+    """A tiny model in which some tokens are likelier than by chance; `[EOS]` sometimes, unless said otherwise."""
+    model = tiny_model(CONFIG)
+    for token, bias in ({EOS: 2.5} | (likelier or {})).items():
+        model.decoder.head.bias.data[token] += bias
+    return kind(model, word_tokenizer())
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved model."""
+    path = tmp_path_factory.mktemp("model")
+    save_model(path, CONFIG, alpha().model.state_dict(), word_tokenizer())
+    return path
+
+
+def turn(model: RxTAlpha, text: str, **options: Any) -> list[int]:
+    """The ids of one whole turn, without the signals."""
+    *ids, started, done = model.interact(**model.tokenize_query(text), **options)
+    assert (started, done) == (STARTED, DONE)
+    return ids
+
+
+def poisoned(model: RxTAlpha, text: str, place: int) -> RxTAlpha:
+    """The same model, whose greedy answer meets NaN after its token number `place`."""
+    memory = model.export_stm_state()
+    ids = turn(model, text, temperature=0.0)
+    model.load_stm_state(memory)
+    token = ids[place - 1]
+    assert token not in ids[: place - 1]
+    assert token not in model.tokenize_query(text)["input_ids"]
+    model.model.embedding.weight.data[token] = torch.nan
+    return model
+
+
+# ---- the snippets of the cards
+
+
+def test_the_snippet_of_the_cards_works_as_it_stands(directory: Path) -> None:
+    tokenizer = load_tokenizer_from_hf_hub(directory)
+    model = RxTAlpha.from_pretrained(directory, tokenizer=tokenizer)
+    model.share_components()
+    model.init_stm_state(**model.tokenize_full_interaction("You are Tom.", "I am Tom.", max_seq_len=256))
+    seen, text = [], ""
+    for token_id in model.interact(**model.tokenize_query("Who are you?"), max_seq_len=256, temperature=1.0, seed=1):
+        seen.append(token_id)
+        text += model.stringify_token(token_id)
+    assert seen[-2:] == [STARTED, DONE]
+    assert all(0 <= token < 300 for token in seen[:-2])
+    prompt = tokenizer.encode_query("Who are you?")
+    assert seen[-3] == EOS or len(prompt) + len(seen) - 2 == 64
+    assert text
+    assert "[EOS]" not in text
+
+
+def test_a_model_has_its_own_tokenizer_unless_another_is_given(directory: Path) -> None:
+    own = RxTAlpha.from_pretrained(str(directory))
+    assert own.tokenizer is not None
+    assert own.tokenizer.encode(QUERIES[1]) == word_tokenizer().encode(QUERIES[1])
+    assert not own.training
+    other = RxtTokenizer.train(["Hi."], 270)
+    given = RxTAlpha.from_pretrained(directory, tokenizer=other)
+    assert given.tokenizer is other
+    assert given.tokenize_query("Hi.")["input_ids"].tolist() == [[BOS, QUERY, *other.encode("Hi.")]]
+
+
+def test_a_given_tokenizer_stands_in_for_one_that_is_missing(directory: Path, tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((directory / name).read_bytes())
+    with pytest.raises(ArtifactError, match=r"tokenizer\.json: not a readable tokenizer"):
+        RxTAlpha.from_pretrained(tmp_path)
+    assert turn(RxTAlpha.from_pretrained(tmp_path, tokenizer=word_tokenizer()), "Hi.", seed=1)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(directory: Path) -> None:
+    larger = RxtTokenizer.train([" ".join(f"word{i}" * 3 for i in range(60))], 310)
+    with pytest.raises(DataError, match="the tokenizer has 310 tokens, the model 300: not its own"):
+        RxTAlpha.from_pretrained(directory, tokenizer=larger)
+
+
+def test_a_tokenizer_that_is_set_later_is_used_at_once() -> None:
+    model, other = alpha(), RxtTokenizer.train(["zz yy xx Hi."], 270)
+    model.set_tokenizer(other)
+    assert "".join(model.stringify_token(token) for token in other.encode("Hi.")) == "Hi."
+
+
+# ---- text to ids
+
+
+def test_a_full_interaction_is_the_template_of_training() -> None:
+    encoded = alpha().tokenize_full_interaction("What has Tom?", "Tom has a red hat.")
+    asked, told = word_tokenizer().encode("What has Tom?"), word_tokenizer().encode("Tom has a red hat.")
+    assert encoded["input_ids"].tolist() == [[BOS, QUERY, *asked, ANSWER, *told, EOS]]
+    assert encoded["attention_mask"].tolist() == [[True] * (len(asked) + len(told) + 4)]
+
+
+def test_an_answer_that_does_not_fit_is_cut_and_a_warning_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    model = alpha()
+    whole = model.tokenize_full_interaction("What has Tom?", "Tom has a red hat.")["input_ids"][0].tolist()
+    assert not caplog.records
+    cut = model.tokenize_full_interaction("What has Tom?", "Tom has a red hat.", max_seq_len=len(whole) - 2)
+    assert cut["input_ids"].tolist() == [whole[:-2]]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"the interaction was cut to the window of {len(whole) - 2} tokens"
+    ]
+
+
+def test_queries_are_right_padded_and_the_mask_says_where() -> None:
+    model = alpha()
+    encoded = model.tokenize_batch(QUERIES)
+    rows = [[BOS, QUERY, *word_tokenizer().encode(text)] for text in QUERIES]
+    width = max(map(len, rows))
+    assert encoded["input_ids"].tolist() == [[*row, *[PAD] * (width - len(row))] for row in rows]
+    assert encoded["attention_mask"].tolist() == [[i < len(row) for i in range(width)] for row in rows]
+    assert model.tokenize_query(QUERIES[0])["input_ids"].tolist() == [rows[0]]
+    assert model.tokenize_query(QUERIES[0], device="meta")["input_ids"].device.type == "meta"
+
+
+@pytest.mark.parametrize("text", ["", "  ", "\n\t"])
+def test_an_empty_query_is_a_data_error(text: str) -> None:
+    with pytest.raises(DataError, match="empty query"):
+        alpha().tokenize_query(text)
+
+
+def test_a_query_too_long_is_refused_or_cut_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    model, text = alpha(), "Tom has a red hat. " * 9
+    size = len(word_tokenizer().encode(text))
+    with pytest.raises(DataError, match=f"query of {size} tokens leaves no room for an answer in a window of 64"):
+        model.tokenize_query(text)
+    with pytest.raises(DataError, match="in a window of 12"):
+        model.tokenize_query(QUERIES[1], max_seq_len=12)
+    assert not caplog.records
+    ids = model.tokenize_query(text, truncation=True)["input_ids"][0].tolist()
+    assert ids == [BOS, QUERY, *word_tokenizer().encode(text)][: len(ids)]
+    assert len(ids) + 1 == 64 - 16, "a quarter of the window is left for the answer"
+    (record,) = caplog.records
+    assert record.getMessage() == f"query cut from {size} to {len(ids) - 2} tokens: the window holds 64"
+    assert len(list(model.interact(torch.tensor([ids]), seed=1))) > 2
+
+
+def test_a_window_larger_than_the_model_s_is_the_model_s_and_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    model = alpha({EOS: -1e4})
+    warnings = []
+    for _ in range(3):
+        ids = turn(model, QUERIES[0], max_seq_len=1009, seed=1)  # a number that no other test warns of
+        warnings += [record.getMessage() for record in caplog.records]
+        caplog.clear()
+    assert len(ids) + model.tokenize_query(QUERIES[0])["input_ids"].shape[1] + 1 == 64
+    assert warnings == ["max_seq_len 1009 is more than the model's window: 64 is used"]
+
+
+def test_a_smaller_window_is_kept() -> None:
+    model = alpha({EOS: -1e4})
+    asked = model.tokenize_query(QUERIES[0])["input_ids"].shape[1] + 1
+    assert len(turn(model, QUERIES[0], max_seq_len=20, seed=1)) == 20 - asked
+    assert len(turn(model, QUERIES[0], max_seq_len=asked + 1, seed=1)) == 1
+    with pytest.raises(DataError, match=f"a prompt of {asked} tokens leaves no room for an answer in a window of"):
+        turn(model, QUERIES[0], max_seq_len=asked, seed=1)
+
+
+def test_a_model_without_a_tokenizer_says_what_to_do() -> None:
+    model = RxTAlpha(tiny_model(CONFIG))
+    for use in (
+        lambda: model.tokenize_query("Hi."),
+        lambda: model.tokenize_batch(["Hi."]),
+        lambda: model.tokenize_full_interaction("Hi.", "Hi."),
+        lambda: model.stringify_token(20),
+        lambda: model.stringify_batch(torch.tensor([[20]])),
+    ):
+        with pytest.raises(DataError, match="no tokenizer: use set_tokenizer"):
+            use()
+    assert list(model.interact(torch.tensor([[BOS, QUERY, 20, 21]])))[-1] == DONE, "ids need none"
+    model.set_tokenizer(word_tokenizer())
+    assert model.stringify_token(TOM) == "Tom"
+
+
+# ---- one conversation
+
+
+OPTIONS = {
+    "greedy": {"temperature": 0.0},
+    "sampled": {"temperature": 1.0},
+    "filtered": {"temperature": 0.7, "top_k": 20, "top_p": 0.8},
+    "short": {"temperature": 0.0, "max_seq_len": 20},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_turn_is_exactly_the_functional_one(name: str) -> None:
+    options = OPTIONS[name]
+    model, tokenizer = alpha(), word_tokenizer()
+    memory = model.model.initial_memory(torch.tensor([0]))
+    assert torch.equal(model.export_stm_state(), memory)
+    system = tokenizer.encode_interaction("You are Tom.", "I am Tom.", 64).ids
+    model.init_stm_state(**model.tokenize_full_interaction("You are Tom.", "I am Tom."))
+    with torch.no_grad():
+        memory = model.model.write(memory, torch.tensor([system]))
+    assert torch.equal(model.export_stm_state(), memory)
+    for number, query in enumerate(QUERIES):
+        prompt = tokenizer.encode_query(query)
+        sampling = SamplingOptions(
+            temperature=options["temperature"],
+            top_p=options.get("top_p", 1.0),
+            top_k=options.get("top_k"),  # type: ignore[arg-type]
+            max_new_tokens=options.get("max_seq_len", 64) - len(prompt),  # type: ignore[arg-type]
+        )
+        expected = [ids[0] for ids in generate(model.model, [prompt], memory, sampling, seeds=[number])]
+        assert turn(model, query, seed=number, **options) == expected
+        with torch.no_grad():
+            memory = model.model.write(memory, torch.tensor([[*prompt, *expected]]))
+        assert torch.equal(model.export_stm_state(), memory)
+
+
+def test_the_memory_changes_only_at_the_end_of_a_turn() -> None:
+    model = alpha()
+    model.init_stm_state(**model.tokenize_full_interaction("You are Tom.", "I am Tom."))
+    before = model.export_stm_state()
+    for event in model.interact(**model.tokenize_query(QUERIES[0]), seed=1):
+        assert torch.equal(model.memory, before) == (event != DONE)
+
+
+@pytest.mark.parametrize("last", [0, 3, STARTED])
+def test_a_turn_abandoned_half_way_never_was(last: int) -> None:
+    model, other = alpha({EOS: -1e4}), alpha({EOS: -1e4})
+    for either in (model, other):
+        either.init_stm_state(**model.tokenize_full_interaction("You are Tom.", "I am Tom."))
+    before = model.export_stm_state()
+    events = model.interact(**model.tokenize_query(QUERIES[1]), seed=5)
+    for number, event in enumerate(events):
+        if event == last or number == last:
+            break
+    assert isinstance(events, Iterator)
+    events.close()  # type: ignore[attr-defined]
+    assert torch.equal(model.export_stm_state(), before)
+    assert turn(model, QUERIES[0], seed=1) == turn(other, QUERIES[0], seed=1)
+    assert torch.equal(model.export_stm_state(), other.export_stm_state())
+
+
+def test_an_exported_conversation_goes_on_elsewhere_exactly(directory: Path) -> None:
+    model = RxTAlpha.from_pretrained(directory)
+    turn(model, QUERIES[0], seed=1)
+    state = model.export_stm_state()
+    kept = state.clone()
+    expected = turn(model, QUERIES[1], seed=2)
+    assert torch.equal(state, kept), "what was exported is a value"
+    after = model.export_stm_state()
+    model.export_stm_state().zero_()
+    assert torch.equal(model.export_stm_state(), after)
+    elsewhere = RxTAlpha.from_pretrained(directory)
+    elsewhere.load_stm_state(state)
+    state.zero_()
+    assert torch.equal(elsewhere.memory, kept), "and so is what was loaded"
+    assert turn(elsewhere, QUERIES[1], seed=2) == expected
+    assert torch.equal(elsewhere.export_stm_state(), model.export_stm_state())
+    assert turn(RxTAlpha.from_pretrained(directory), QUERIES[1], seed=2) != expected, "the memory must matter"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state[:1], r"the memory is \[1, 1, 8, 32\], this model's is .* = \[2, 1, 8, 32\]"),
+        (lambda state: state.repeat(1, 2, 1, 1), r"the memory is \[2, 2, 8, 32\]"),
+        (lambda state: state[0], r"the memory is \[1, 8, 32\]"),
+        (lambda state: state.double(), r"the memory is torch\.float64 on cpu, the model torch\.float32"),
+        (lambda state: state.long(), r"the memory is torch\.int64"),
+        (lambda state: state.index_fill(2, torch.tensor(3), torch.nan), "the memory holds NaN or infinity"),
+        (lambda state: state.index_fill(2, torch.tensor(3), -torch.inf), "the memory holds NaN or infinity"),
+    ],
+)
+def test_a_memory_that_is_not_the_model_s_is_refused_and_the_old_one_stays(change: Any, message: str) -> None:
+    model = alpha()
+    before = model.export_stm_state()
+    with pytest.raises(ModelError, match=message):
+        model.load_stm_state(change(before))
+    assert torch.equal(model.export_stm_state(), before)
+
+
+def test_resetting_starts_the_conversation_afresh() -> None:
+    model = alpha()
+    first = model.export_stm_state()
+    for reset in (model.share_components, model.reset_stm_state):
+        turn(model, QUERIES[0], seed=1)
+        assert not torch.equal(model.export_stm_state(), first)
+        reset()
+        assert torch.equal(model.export_stm_state(), first)
+    model.reset_stm_state(seeds=[7])
+    assert torch.equal(model.export_stm_state(), model.model.initial_memory(torch.tensor([7])))
+    with pytest.raises(DataError, match="2 seeds for 1 conversations"):
+        model.reset_stm_state(seeds=[1, 2])
+
+
+def test_initialising_is_a_write_on_top_of_what_was_there() -> None:
+    model = alpha()
+    one, two = (model.tokenize_full_interaction(query, "Tom has a hat.") for query in QUERIES[:2])
+    model.init_stm_state(**one)
+    after_one = model.export_stm_state()
+    model.init_stm_state(**two)
+    with torch.no_grad():
+        assert torch.equal(model.export_stm_state(), model.model.write(after_one, two["input_ids"]))
+    assert not model.memory.requires_grad
+
+
+def test_sampling_follows_the_global_generator_or_its_own_seed() -> None:
+    model = alpha()
+
+    def sample(manual: int, **options: Any) -> list[int]:
+        model.reset_stm_state()
+        torch.manual_seed(manual)
+        return turn(model, QUERIES[0], **options)
+
+    assert sample(1) == sample(1)
+    assert sample(1) != sample(2)
+    assert sample(1, seed=4) == sample(2, seed=4)
+    assert sample(1, seed=4) != sample(1, seed=5)
+    assert sample(1, seed=4) == sample(1, seed=4, use_self_attn_cache=False)
+    assert sample(1, temperature=0.0) == sample(2, temperature=0.0) == sample(1, temperature=1.0, top_k=1)
+
+
+def test_how_steps_are_run_changes_no_token() -> None:
+    model, other = alpha(), alpha()
+    other.set_execution("eager")
+    assert turn(other, QUERIES[0], seed=1) == turn(model, QUERIES[0], seed=1)
+    assert torch.equal(other.export_stm_state(), model.export_stm_state())
+    with pytest.raises(ModelError, match="cuda_graph needs a model on a CUDA device"):
+        other.set_execution("cuda_graph")
+
+
+def test_a_turn_without_a_real_token_or_of_another_shape_is_refused() -> None:
+    model = alpha()
+    ids = torch.tensor([[BOS, QUERY, 20]])
+    for bad, mask, message in (
+        (ids[0], None, r"input_ids \[3\]"),
+        (ids.repeat(2, 1), None, r"input_ids \[2, 3\] .* must both be \[1, T\]"),
+        (ids, torch.ones(1, 2), r"attention_mask \[1, 2\]"),
+        (ids, torch.zeros(1, 3), "a row of input_ids has no real token"),
+        (torch.tensor([[BOS, 300]]), None, "input_ids hold 2 to 300: the model knows 0 to 299"),
+        (torch.tensor([[BOS, -1]]), None, "input_ids hold -1 to 2: the model knows 0 to 299"),
+    ):
+        with pytest.raises(DataError, match=message):
+            list(model.interact(bad, mask))
+
+
+@pytest.mark.parametrize(
+    "use",
+    [lambda model: model.init_stm_state(torch.tensor([[BOS, 300]])), lambda model: model.tokenize_batch([])],
+    ids=["ids out of range", "no texts"],
+)
+def test_an_interaction_that_cannot_be_is_a_data_error(use: Any) -> None:
+    with pytest.raises(DataError):
+        use(alpha())
+
+
+def test_what_is_masked_out_is_not_read() -> None:
+    model, asked = alpha(), alpha().tokenize_query(QUERIES[0])
+    expected = list(model.interact(**asked, seed=1))
+    memory = model.export_stm_state()
+    for left, right in ((0, 3), (4, 0)):
+        model.reset_stm_state()
+        ids = torch.nn.functional.pad(asked["input_ids"], (left, right), value=77)
+        mask = torch.nn.functional.pad(asked["attention_mask"], (left, right), value=False)
+        assert list(model.interact(ids, mask.long(), seed=1)) == expected
+        assert torch.equal(model.export_stm_state(), memory)
+
+
+# ---- ids to text
+
+
+@pytest.mark.parametrize("text", ["Tom has a hat.", "  two spaces", "Zażółć 🐈‍⬛ 日本語 é", "🇵🇱", "[EOS] <a>\n\n b"])
+def test_the_text_of_single_tokens_is_the_text_of_all(text: str) -> None:
+    model = alpha()
+    assert "".join(model.stringify_token(token) for token in word_tokenizer().encode(text)) == text
+
+
+def test_a_character_comes_with_the_last_of_its_tokens() -> None:
+    model, ids = alpha(), word_tokenizer().encode("🐈")
+    assert len(ids) > 3
+    assert [model.stringify_token(token) for token in ids] == [*[""] * (len(ids) - 1), "🐈"]
+
+
+def test_signals_and_special_tokens_have_no_text() -> None:
+    model = alpha()
+    assert [model.stringify_token(token) for token in (STARTED, DONE, *range(len(SPECIAL_TOKENS)))] == [""] * 13
+    assert model.stringify_token(TOM) == "Tom"
+
+
+def test_every_turn_s_text_starts_anew() -> None:
+    model = alpha({TOM: 1e4})
+    for query in QUERIES:
+        pieces = [model.stringify_token(token) for token in model.interact(**model.tokenize_query(query), seed=1)]
+        assert pieces[:3] == ["Tom", " Tom", " Tom"]
+        assert pieces[-2:] == ["", ""]
+
+
+def test_a_running_answer_s_text_is_the_decoded_one() -> None:
+    model, whole = alpha(), 0
+    for seed in range(12):
+        pieces, ids = [], []
+        for token in model.interact(**model.tokenize_query(QUERIES[0]), seed=seed):
+            pieces.append(model.stringify_token(token))
+            ids.append(token)
+        text, joined = word_tokenizer().decode(ids[:-2]), "".join(pieces)
+        assert text.startswith(joined)
+        assert set(text[len(joined) :]) <= {"\ufffd"}, "all but a character that the answer did not finish"
+        whole += text == joined != ""
+    assert whole > 2
+
+
+# ---- several conversations
+
+
+def one_by_one(texts: list[str], seeds: list[int], likelier: dict[int, float]) -> tuple[list[list[int]], Tensor]:
+    """Ids of the answers to two turns of each conversation, held alone, and their memories [L, B, S, D]."""
+    answers, memories = [], []
+    for row, seed in enumerate(seeds):
+        model = alpha(likelier)
+        model.reset_stm_state(seeds=[row])
+        for query in texts[row::3]:
+            answers.append(turn(model, query, seed=seed))
+        memories.append(model.export_stm_state())
+    return answers, torch.cat(memories, dim=1)
+
+
+@pytest.mark.parametrize("likelier", [{}, {PAD: 3.0}, {EOS: -1e4}], ids=["ends", "pads", "never ends"])
+def test_a_batch_is_its_conversations_one_by_one(likelier: dict[int, float]) -> None:
+    texts, seeds = [*QUERIES, *reversed(QUERIES)], [3, 1, 9]
+    expected, memories = one_by_one(texts, seeds, likelier)
+    streaming, whole = alpha(likelier), alpha(likelier)
+    for model in (streaming, whole):
+        model.set_batch_mode(True, 3)
+        assert torch.equal(model.export_stm_state(), model.model.initial_memory(torch.arange(3)))
+    for number in range(2):
+        alone = expected[number::2]
+        lengths = [len(ids) for ids in alone]
+        encoded = whole.tokenize_batch(texts[3 * number : 3 * number + 3])
+
+        *steps, started, done = streaming.batch_interact(**encoded, seeds=seeds)
+        assert (started, done) == ([STARTED] * 3, [DONE] * 3)
+        assert len(steps) == max(lengths)
+        columns = [list(column) for column in zip(*steps, strict=True)]
+        assert columns == [[*ids, *[PAD] * (len(steps) - len(ids))] for ids in alone]
+
+        ids, mask = whole.batch_interactions(**encoded, seeds=seeds)
+        assert ids.tolist() == columns
+        assert mask.dtype == torch.bool
+        assert mask.sum(dim=1).tolist() == lengths
+        assert [row[real].tolist() for row, real in zip(ids, mask, strict=True)] == alone
+        assert whole.stringify_batch(ids, mask) == [word_tokenizer().decode(row) for row in alone]
+        if PAD in likelier:
+            assert (ids[mask] == PAD).any(), "a [PAD] that the model said is its word"
+            assert not mask.all()
+    torch.testing.assert_close(whole.export_stm_state(), memories, atol=1e-5, rtol=0)
+    assert torch.equal(whole.export_stm_state(), streaming.export_stm_state())
+
+
+def test_the_same_prompt_can_be_put_to_every_conversation() -> None:
+    model = alpha()
+    model.set_batch_mode(True, 3)
+    before = model.export_stm_state()
+    one = model.tokenize_full_interaction("You are Tom.", "I am Tom.")
+    model.init_stm_state(**one)
+    with torch.no_grad():
+        for row in range(3):
+            alone = model.model.write(before[:, row : row + 1], one["input_ids"])
+            torch.testing.assert_close(model.memory[:, row : row + 1], alone, atol=1e-5, rtol=0)
+    ids, mask = model.batch_interactions(**model.tokenize_query(QUERIES[0]), seeds=[1, 2, 3])
+    assert ids.shape == mask.shape
+    assert len({tuple(row) for row in ids.tolist()}) == 3
+
+
+def test_a_batch_without_seeds_follows_the_global_generator() -> None:
+    model = alpha({EOS: -1e4})
+    model.set_batch_mode(True, 3)
+
+    def sample(manual: int) -> list[list[int]]:
+        model.reset_stm_state(seeds=[1, 1, 1])
+        torch.manual_seed(manual)
+        rows: list[list[int]] = model.batch_interactions(**model.tokenize_query(QUERIES[0]))[0].tolist()
+        return rows
+
+    first = sample(1)
+    assert first == sample(1)
+    assert first != sample(2)
+    assert len({tuple(row) for row in first}) == 3
+
+
+def test_batch_mode_is_said_where_it_is_missing_or_in_the_way() -> None:
+    model = alpha()
+    for size in (None, 0, -2):
+        with pytest.raises(DataError, match="set_batch_mode needs a batch_size of at least 1"):
+            model.set_batch_mode(True, size)
+    encoded = model.tokenize_batch(QUERIES)
+    with pytest.raises(DataError, match=r"must both be \[1, T\]: the model holds 1 conversation"):
+        list(model.batch_interact(**encoded))
+    model.set_batch_mode(True, 2)
+    with pytest.raises(DataError, match="holds 2 conversations: use batch_interact"):
+        list(model.interact(**model.tokenize_query("Hi.")))
+    with pytest.raises(DataError, match=r"input_ids \[3, \d+\] .* must both be \[2, T\]"):
+        model.batch_interactions(**encoded)
+    with pytest.raises(DataError, match=r"must both be \[2, T\]"):
+        model.init_stm_state(**encoded)
+    with pytest.raises(DataError, match="3 seeds for 2 conversations"):
+        model.reset_stm_state(seeds=range(3))
+    with pytest.raises(ModelError, match=r"this model's is .* \[2, 2, 8, 32\]"):
+        model.load_stm_state(alpha().export_stm_state())
+    model.set_batch_mode(False)
+    assert turn(model, "Hi.", seed=1) == turn(alpha(), "Hi.", seed=1)
+
+
+# ---- precision and broken numbers
+
+
+def test_the_memory_follows_the_model_s_precision(directory: Path) -> None:
+    model = RxTAlpha.from_pretrained(directory).to(torch.bfloat16)
+    assert model.memory.dtype == model.export_stm_state().dtype == torch.bfloat16
+    model.init_stm_state(**model.tokenize_full_interaction("You are Tom.", "I am Tom."))
+    ids = turn(model, QUERIES[0], temperature=0.0)
+    assert ids
+    state = model.export_stm_state()
+    assert state.dtype == torch.bfloat16
+    assert state.isfinite().all()
+    with pytest.raises(ModelError, match=r"the memory is torch\.float32 .* the model torch\.bfloat16"):
+        model.load_stm_state(state.float())
+    loaded = RxTAlpha.from_pretrained(directory, dtype=torch.bfloat16)
+    loaded.init_stm_state(**loaded.tokenize_full_interaction("You are Tom.", "I am Tom."))
+    assert turn(loaded, QUERIES[0], temperature=0.0) == ids
+    assert torch.equal(loaded.export_stm_state(), state)
+    assert turn(model.to(torch.float32), QUERIES[1], seed=1)
+
+
+@pytest.mark.parametrize("place", [1, 4])
+def test_weights_that_are_not_finite_are_named_by_the_token_and_the_memory_stays(place: int) -> None:
+    model = poisoned(alpha({EOS: -1e4}), QUERIES[0], place)
+    before, seen = model.export_stm_state(), []
+    with pytest.raises(ModelError, match=f"the logits of token {place + 1} are not finite: the weights or the memory"):
+        seen.extend(model.interact(**model.tokenize_query(QUERIES[0]), temperature=0.0))
+    assert torch.equal(model.export_stm_state(), before)
+    model.model.decoder.head.weight.data[17, 3] = torch.nan
+    with pytest.raises(ModelError, match="the logits of token 1 are not finite"):
+        list(model.interact(**model.tokenize_query(QUERIES[0]), temperature=1.0))
+
+
+# ---- the decoder alone
+
+STORY = "[Q] Tell me a story about a cat. [A]"
+
+
+def sample_of(likelier: dict[int, float] | None = None, end: int = EOS) -> SampleDecoder:
+    return SampleDecoder(Sampler(alpha(likelier, RxTAlphaDecoder), "cpu", end_token_id=end), word_tokenizer())  # type: ignore[arg-type]
+
+
+def test_the_snippet_of_the_decoder_cards_prints_what_it_returns(
+    directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sampler = Sampler(RxTAlphaDecoder.from_pretrained(directory), "cpu", end_token_id=3)
+    sample = SampleDecoder(sampler, load_tokenizer_from_hf_hub(directory))
+    text = sample(STORY, temperature=0.1, top_p=0.9, max_seq_len=256, print_stream=True)
+    assert text
+    assert capsys.readouterr().out == text + "\n"
+    assert sample(STORY, temperature=0.1, top_p=0.9, max_seq_len=256)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("likelier", [{}, {EOS: -1e4}, {TOM: 1e4}], ids=["ends", "fills the window", "words"])
+def test_greedy_sampling_is_generation_from_the_marked_prompt(
+    likelier: dict[int, float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    sample = sample_of(likelier)
+    before = sample.sampler.model.export_stm_state()
+    prompt = [BOS, QUERY, *word_tokenizer().encode("Tell me a story about a cat."), ANSWER]
+    (ids,) = answer_batch(sample.sampler.model.model, [prompt], before, SamplingOptions())
+    assert list(sample.sampler(prompt, temperature=0.0)) == ids
+    text = sample(STORY, temperature=0.0, print_stream=True)
+    assert text == word_tokenizer().decode(ids) == sample(STORY, temperature=0.0)
+    assert capsys.readouterr().out == text + "\n"
+    assert torch.equal(sample.sampler.model.export_stm_state(), before), "no memory is written"
+
+
+def test_sampling_stops_at_the_end_token_and_at_the_whole_length() -> None:
+    prompt = [BOS, QUERY, 20, 21, 22, ANSWER]
+    endless = sample_of({EOS: -1e4}).sampler
+    whole = list(endless(prompt, temperature=0.0))
+    assert len(whole) == 64 - len(prompt)
+    assert list(endless(prompt, temperature=0.0, max_seq_len=16)) == whole[:10]
+    assert list(sample_of({EOS: -1e4}, end=whole[4]).sampler(prompt, temperature=0.0)) == whole[:5]
+    with pytest.raises(DataError, match="a prompt of 6 tokens leaves no room in a window of 6"):
+        list(endless(prompt, max_seq_len=6))
+
+
+def test_samples_repeat_with_a_seed_or_the_global_generator() -> None:
+    sample = sample_of()
+    torch.manual_seed(1)
+    first = sample(STORY, temperature=1.0)
+    assert sample(STORY, temperature=1.0) != first
+    torch.manual_seed(1)
+    assert sample(STORY, temperature=1.0) == first
+    seeded = sample(STORY, temperature=1.0, seed=4)
+    assert sample(STORY, temperature=1.0, seed=4) == seeded != sample(STORY, temperature=1.0, seed=5)
+
+
+def test_an_unknown_marker_is_a_data_error_that_lists_the_known() -> None:
+    with pytest.raises(DataError, match=r"unknown special token \[X\]; known: \[PAD\], .*\[A\]"):
+        sample_of()("[X] Hi. [A]")
