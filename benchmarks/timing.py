@@ -20,6 +20,8 @@ from typing import Any
 import click
 import torch
 
+from rxt_platform.training.distributed import use_cpus
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -63,7 +65,7 @@ def machine_options(command: Callable[..., None]) -> Callable[..., None]:
     @click.option("--seed", default=0, show_default=True, help="of weights and inputs")
     @functools.wraps(command)
     def wrapped(device: str, dtype: str, threads: int, seed: int, **rest: Any) -> None:
-        torch.set_num_threads(threads)
+        use_cpus(threads)
         torch.manual_seed(seed)
         command(machine=Machine(torch.device(device), DTYPES[dtype], threads), seed=seed, **rest)
 
