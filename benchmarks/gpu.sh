@@ -6,14 +6,14 @@
 #
 # Needs torch, pydantic, numpy, tokenizers, safetensors, pyyaml and click; PYTHON=python3.12 picks the interpreter, and
 # COMMIT=abc1234 names the commit where the tree has no git. A part that fails does not stop the others; the script then
-# ends with 1 and names them. It stops at LIMIT seconds (default 590): what was running then, and what had not begun, has
+# ends with 1 and names them. It stops at LIMIT seconds (default 3600): what was running then, and what had not begun, has
 # failed; the slowest to start, compiled generation, comes last.
 set -u
 cd "$(dirname "$0")/.." || exit 1
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 out="${OUT:-gpu_results}"
 mkdir -p "$out" || exit 1
-limit="${LIMIT:-590}"
+limit="${LIMIT:-3600}"
 words=("$@")
 failed=()
 
