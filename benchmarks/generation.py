@@ -27,7 +27,9 @@ from torch import Tensor
 
 from rxt_platform.config.loading import load_preset, preset_names
 from rxt_platform.model.decoder import Cache
-from rxt_platform.model.generation import Execution, SamplingOptions, Stepper, answer_batch
+from rxt_platform.model.generation import answer_batch
+from rxt_platform.model.sampling import SamplingOptions
+from rxt_platform.model.stepper import Execution, Stepper
 from rxt_platform.model.transformer import ReactiveTransformer
 
 Answers = list[list[int]]

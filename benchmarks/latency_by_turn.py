@@ -31,8 +31,8 @@ from turn_plot import plot
 
 from rxt_platform.config.loading import load_preset, preset_names
 from rxt_platform.model.baseline import StatelessTransformer, matched_baseline
-from rxt_platform.model.generation import Execution, Stepper
 from rxt_platform.model.parameters import count
+from rxt_platform.model.stepper import Execution, Stepper
 from rxt_platform.model.transformer import ReactiveTransformer
 
 

@@ -8,7 +8,9 @@ from timing import Machine
 from torch import Tensor
 
 from rxt_platform.model.baseline import StatelessTransformer
-from rxt_platform.model.generation import LanguageModel, SamplingOptions, Stepper, choose, generate
+from rxt_platform.model.generation import generate
+from rxt_platform.model.sampling import SamplingOptions, choose
+from rxt_platform.model.stepper import LanguageModel, Stepper
 from rxt_platform.model.transformer import ReactiveTransformer
 
 Rows = list[list[int]]

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from rxt_platform.model.alpha import RxTAlpha, RxTAlphaDecoder
     from rxt_platform.model.encoder_model import RxTEncoder
     from rxt_platform.model.pretrained import load_tokenizer_from_hf_hub
-    from rxt_platform.model.sampler import SampleDecoder, Sampler
+    from rxt_platform.model.sample_decoder import SampleDecoder, Sampler
 
 __all__ = ["RxTAlpha", "RxTAlphaDecoder", "RxTEncoder", "SampleDecoder", "Sampler", "load_tokenizer_from_hf_hub"]
 
@@ -18,8 +18,8 @@ _HOMES = {
     "RxTAlpha": "alpha",
     "RxTAlphaDecoder": "alpha",
     "RxTEncoder": "encoder_model",
-    "SampleDecoder": "sampler",
-    "Sampler": "sampler",
+    "SampleDecoder": "sample_decoder",
+    "Sampler": "sample_decoder",
     "load_tokenizer_from_hf_hub": "pretrained",
 }
 

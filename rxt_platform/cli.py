@@ -15,7 +15,7 @@ from rxt_platform.errors import DataError, RxtError
 if TYPE_CHECKING:
     from rxt_platform.config.run import RunConfig
     from rxt_platform.model.alpha import RxTAlpha
-    from rxt_platform.model.generation import SamplingOptions
+    from rxt_platform.model.sampling import SamplingOptions
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -85,7 +85,7 @@ def evaluate(model: str, data: str, limit: int | None, seed: int, as_json: bool)
 def chat(model: str, temperature: float, top_p: float, top_k: int | None, seed: int, truncate: bool) -> None:
     """Talk to MODEL. Each answer is followed by a memory write; /reset forgets, /quit (or Ctrl-D) ends."""
     from rxt_platform.data.batches import derive_seed
-    from rxt_platform.model.generation import SamplingOptions
+    from rxt_platform.model.sampling import SamplingOptions
 
     held = _model(model)
     held.reset_stm_state([seed])

@@ -19,8 +19,9 @@ from rxt_platform.data.corpus import encode_conversation
 from rxt_platform.data.rows import Conversation
 from rxt_platform.data.tokenizer import RxtTokenizer
 from rxt_platform.evaluation.recall import matches, recall_of
-from rxt_platform.model.generation import SamplingOptions, answer_batch
+from rxt_platform.model.generation import answer_batch
 from rxt_platform.model.loss import target_loss
+from rxt_platform.model.sampling import SamplingOptions
 from rxt_platform.model.transformer import ReactiveTransformer
 
 _SPARE_TOKENS = 8  # an answer may be this much longer than its reference before it is cut

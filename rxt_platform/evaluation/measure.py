@@ -13,7 +13,7 @@ from rxt_platform.evaluation.baselines import count_baselines
 from rxt_platform.evaluation.conversations import evaluate_conversations
 from rxt_platform.evaluation.samples import sample_conversations
 from rxt_platform.model.files import load_model
-from rxt_platform.model.generation import SamplingOptions
+from rxt_platform.model.sampling import SamplingOptions
 
 _BASELINE_ROWS = 256  # those that the stages' own held-out losses are measured on
 

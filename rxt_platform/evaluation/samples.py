@@ -6,7 +6,8 @@ import torch
 
 from rxt_platform.data.rows import Conversation
 from rxt_platform.data.tokenizer import RxtTokenizer
-from rxt_platform.model.generation import MemoryUpdated, SamplingOptions, Token, interact
+from rxt_platform.model.generation import MemoryUpdated, Token, interact
+from rxt_platform.model.sampling import SamplingOptions
 from rxt_platform.model.transformer import ReactiveTransformer
 
 

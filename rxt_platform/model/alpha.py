@@ -21,18 +21,11 @@ from rxt_platform.config.model import ModelConfig
 from rxt_platform.data.tokenizer import ANSWER, PAD, RxtTokenizer, TextStream
 from rxt_platform.errors import DataError, ModelError
 from rxt_platform.model import files
-from rxt_platform.model.generation import (
-    BatchEvent,
-    Execution,
-    MemoryUpdated,
-    MemoryUpdateStarted,
-    SamplingOptions,
-    Stepper,
-    Tokens,
-    interact_batch,
-)
+from rxt_platform.model.generation import BatchEvent, MemoryUpdated, MemoryUpdateStarted, Tokens, interact_batch
 from rxt_platform.model.parameters import measure_size
 from rxt_platform.model.pretrained import PretrainedModel
+from rxt_platform.model.sampling import SamplingOptions
+from rxt_platform.model.stepper import Execution, Stepper
 from rxt_platform.model.transformer import ReactiveTransformer
 
 logger = logging.getLogger(__name__)

@@ -7,7 +7,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from rxt_platform.model.generation import SamplingOptions, Stepper, answer_batch
+from rxt_platform.model.generation import answer_batch
+from rxt_platform.model.sampling import SamplingOptions
+from rxt_platform.model.stepper import Stepper
 from tests.support import STAGES, Jobs, make_jobs
 from tests.unit.helpers import rows_of, tiny_model
 

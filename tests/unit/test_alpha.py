@@ -12,7 +12,8 @@ from rxt_platform import RxTAlpha, RxTAlphaDecoder, SampleDecoder, Sampler, load
 from rxt_platform.data.tokenizer import ANSWER, BOS, EOS, PAD, QUERY, SPECIAL_TOKENS, RxtTokenizer
 from rxt_platform.errors import ArtifactError, DataError, ModelError
 from rxt_platform.model.files import save_model
-from rxt_platform.model.generation import SamplingOptions, answer_batch, generate
+from rxt_platform.model.generation import answer_batch, generate
+from rxt_platform.model.sampling import SamplingOptions
 from tests.unit.helpers import tiny_config, tiny_model, word_tokenizer
 
 CONFIG = tiny_config(vocab_size=300, max_length=64)

@@ -10,8 +10,9 @@ from rxt_platform.config.loading import load_preset, preset_names
 from rxt_platform.config.model import ModelConfig
 from rxt_platform.data.tokenizer import ANSWER, BOS, EOS, PAD, QUERY
 from rxt_platform.model.baseline import StatelessTransformer, matched_baseline
-from rxt_platform.model.generation import SamplingOptions, answer_batch
+from rxt_platform.model.generation import answer_batch
 from rxt_platform.model.parameters import count, measure_size
+from rxt_platform.model.sampling import SamplingOptions
 from tests.unit.helpers import FIRST_WORD, VOCAB, padded, rows_of, tiny_config
 
 WINDOW = 40  # longer than one interaction of the model it is compared with

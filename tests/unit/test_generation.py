@@ -11,16 +11,15 @@ from rxt_platform.errors import DataError, ModelError
 from rxt_platform.model.generation import (
     MemoryUpdated,
     MemoryUpdateStarted,
-    SamplingOptions,
-    Stepper,
     Token,
     Tokens,
     answer_batch,
-    choose,
     generate,
     interact,
     interact_batch,
 )
+from rxt_platform.model.sampling import SamplingOptions, choose
+from rxt_platform.model.stepper import Stepper
 from rxt_platform.model.transformer import ReactiveTransformer
 from tests.unit.helpers import VOCAB, padded, rows_of, tiny_config, tiny_model
 

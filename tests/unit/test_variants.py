@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from rxt_platform.data.tokenizer import PAD
-from rxt_platform.model.generation import MemoryUpdated, SamplingOptions, Tokens, answer_batch, interact_batch
+from rxt_platform.model.generation import MemoryUpdated, Tokens, answer_batch, interact_batch
+from rxt_platform.model.sampling import SamplingOptions
 from tests.unit.helpers import FIRST_WORD, VOCAB, padded, rows_of
 from tests.unit.variants import WINDOW, every_variant, recomputed
 

@@ -13,7 +13,8 @@ import torch
 from rxt_platform.data.tokenizer import RxtTokenizer
 from rxt_platform.errors import DataError
 from rxt_platform.model.alpha import RxTAlpha, usable_window
-from rxt_platform.model.generation import SamplingOptions, generate
+from rxt_platform.model.generation import generate
+from rxt_platform.model.sampling import SamplingOptions
 
 
 class Sampler:
