@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from rxt_platform.errors import DataError, RxtError
+from rxt_platform.errors import ConfigError, DataError, RxtError
 
 if TYPE_CHECKING:
     from rxt_platform.config.run import RunConfig
@@ -57,7 +57,9 @@ def plan(config: str, overrides: tuple[str, ...], as_json: bool) -> None:
 @click.argument("model")
 @click.option("--data", required=True, help="JSON lines: {query, answer, interactions: [{query, answer}, ...]}.")
 @click.option("--limit", type=click.IntRange(min=1), help="Use only the first conversations.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the initial memories.")
+@click.option(
+    "--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of the initial memories."
+)
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
 def evaluate(model: str, data: str, limit: int | None, seed: int, as_json: bool) -> None:
     """Measure MODEL on a conversation file: answer tokens and recall, with memory and with memory reset."""
@@ -78,7 +80,7 @@ def evaluate(model: str, data: str, limit: int | None, seed: int, as_json: bool)
 @click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True)
 @click.option("--top-p", type=click.FloatRange(min=0, max=1, min_open=True), default=1.0, show_default=True)
 @click.option("--top-k", type=click.IntRange(min=1), help="Draw from the likeliest tokens only.")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True)
 @click.option(
     "--truncate", is_flag=True, help="Cut a message that is too long, with a warning, instead of refusing it."
 )
@@ -97,6 +99,9 @@ def chat(model: str, temperature: float, top_p: float, top_k: int | None, seed: 
         except EOFError:
             click.echo()
             return
+        except UnicodeDecodeError as error:
+            click.echo(f"[not answered: the message is not UTF-8: {error.reason}]")
+            continue
         if query == "/quit":
             return
         if query == "/reset":
@@ -151,7 +156,10 @@ def _model(path: str) -> "RxTAlpha":
     from rxt_platform.model.alpha import RxTAlpha
     from rxt_platform.training.distributed import use_cpus
 
-    use_cpus(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    threads = os.environ.get("OMP_NUM_THREADS", "1")
+    if not threads.isdecimal() or threads == "0":
+        raise ConfigError(f"OMP_NUM_THREADS={threads!r}: must be a whole number of threads, at least 1")
+    use_cpus(int(threads))
     return RxTAlpha.from_pretrained(path)
 
 

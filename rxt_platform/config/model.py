@@ -104,7 +104,7 @@ class DecoderConfig(Spec):
 class MemoryConfig(Spec):
     """The short-term memory [layers, batch, slots, hidden] and the attention that writes it (REF 1.7, 1.8)."""
 
-    slots: int = Field(gt=0)
+    slots: int = Field(gt=0, le=2**20)
     attention: AttentionConfig
     variant: MemoryVariant = Field(
         "interlayer", description="what slots read before the write: nothing, their layer, the mean of layers, both"
@@ -126,11 +126,11 @@ class MemoryConfig(Spec):
 class ModelConfig(Spec):
     """A whole Reactive Transformer. Encoder, memory and stateful decoder layers are equally many (REF 1.1)."""
 
-    vocab_size: int = Field(gt=16)
-    hidden_size: int = Field(gt=0)
-    layers: int = Field(gt=0)
+    vocab_size: int = Field(gt=16, le=2**24)
+    hidden_size: int = Field(gt=0, le=2**16)
+    layers: int = Field(gt=0, le=1024)
     heads: int = Field(gt=0, description="nominal heads: the head dimension is hidden_size / heads")
-    max_length: int = Field(gt=8, description="window of one interaction, in tokens")
+    max_length: int = Field(gt=8, le=2**20, description="window of one interaction, in tokens")
     encoder: EncoderConfig
     decoder: DecoderConfig
     memory: MemoryConfig

@@ -38,6 +38,10 @@ class RxtTokenizer:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._tokenizer.encode_special_tokens = True
+        self._tokenizer.no_padding()  # as other libraries write into tokenizer.json
+        self._tokenizer.no_truncation()
+        if self._tokenizer.decoder is None:
+            self._tokenizer.decoder = decoders.ByteLevel()
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Self:
@@ -61,9 +65,10 @@ class RxtTokenizer:
             tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception for every cause
             raise ArtifactError(f"{path}: not a readable tokenizer: {error}") from error
+        added = tokenizer.get_added_tokens_decoder()
         for index, token in enumerate(SPECIAL_TOKENS):
-            if tokenizer.token_to_id(token) != index:
-                raise ArtifactError(f"{path}: special token {token} must have id {index}")
+            if tokenizer.token_to_id(token) != index or index not in added or not added[index].special:
+                raise ArtifactError(f"{path}: {token} must be a special token with id {index}")
         return cls(tokenizer)
 
     def save(self, path: Path) -> None:
@@ -76,7 +81,13 @@ class RxtTokenizer:
         return int(self._tokenizer.get_vocab_size())
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, no special tokens."""
+        """Token ids of a text, no special tokens. Raises DataError for half a surrogate pair, which is no character."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"character {error.start + 1} of the text is no Unicode character: {error.reason}"
+            ) from None
         return list(self._tokenizer.encode(" " + text, add_special_tokens=False).ids)
 
     def decode(self, ids: Iterable[int]) -> str:

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -21,10 +21,17 @@ from rxt_platform.config.model import ModelConfig
 from rxt_platform.data.tokenizer import ANSWER, PAD, RxtTokenizer, TextStream
 from rxt_platform.errors import DataError, ModelError
 from rxt_platform.model import files
-from rxt_platform.model.generation import BatchEvent, MemoryUpdated, MemoryUpdateStarted, Tokens, interact_batch
+from rxt_platform.model.generation import (
+    BatchEvent,
+    MemoryUpdated,
+    MemoryUpdateStarted,
+    Tokens,
+    check_written,
+    interact_batch,
+)
 from rxt_platform.model.parameters import measure_size
-from rxt_platform.model.pretrained import PretrainedModel
-from rxt_platform.model.sampling import SamplingOptions
+from rxt_platform.model.pretrained import PretrainedModel, checked_ids
+from rxt_platform.model.sampling import SamplingOptions, check_seeds
 from rxt_platform.model.stepper import Execution, Stepper
 from rxt_platform.model.transformer import ReactiveTransformer
 
@@ -65,7 +72,8 @@ class RxTAlpha(PretrainedModel):
         if tokenizer is not None:
             self.set_tokenizer(tokenizer)
         self._batch = 1
-        self._stepper: Stepper | None = None
+        self._version = 0
+        self.stepper: Stepper | None = None
         self._stream: TextStream | None = None
         self.reset_stm_state()
 
@@ -74,7 +82,7 @@ class RxTAlpha(PretrainedModel):
         cls, directory: Path, tokenizer: RxtTokenizer | None, dtype: torch.dtype | None = None
     ) -> "RxTAlpha":
         """The model in a local directory."""
-        config = files.model_config(files.read_config(directory), directory)
+        config = files.model_config(files.read_config(directory, files.REACTIVE), directory)
         model = files.empty_model(config)
         files.load_weights(model, directory, dtype)
         return cls(model, tokenizer or files.load_tokenizer(directory, config))
@@ -89,10 +97,13 @@ class RxTAlpha(PretrainedModel):
         super().set_tokenizer(tokenizer)
         self._stream = None
 
-    def save_into(self, directory: Path) -> None:
-        """Write config and weights."""
-        files.write_config(directory, self.model.config.model_dump(mode="json"), type(self).__name__)
-        files.write_weights(directory, self.model.state_dict())
+    def settings(self) -> dict[str, Any]:
+        """What `config.json` holds."""
+        return self.model.config.model_dump(mode="json")
+
+    def weights(self) -> dict[str, Tensor]:
+        """The model's tensors."""
+        return dict(self.model.state_dict())
 
     def facts(self) -> Mapping[str, str]:
         """Sizes, for the card."""
@@ -116,7 +127,7 @@ class RxTAlpha(PretrainedModel):
 
     def set_execution(self, execution: Execution) -> None:
         """Run decoding steps eagerly (the default), compiled, or as CUDA graphs: the same tokens, see `Stepper`."""
-        self._stepper = Stepper(self.model, execution)
+        self.stepper = Stepper(self.model, execution)
 
     # ---- memory
 
@@ -135,7 +146,8 @@ class RxTAlpha(PretrainedModel):
         chosen = range(self._batch) if seeds is None else seeds
         if len(chosen) != self._batch:
             raise DataError(f"{len(chosen)} seeds for {self._batch} conversations")
-        self._memory = self.model.initial_memory(torch.tensor(list(chosen)))
+        check_seeds(chosen)
+        self._set(self.model.initial_memory(torch.tensor(list(chosen))))
 
     def set_batch_mode(self, use_batch: bool, batch_size: int | None = None) -> None:
         """Hold `batch_size` conversations at once, or one again. They start afresh."""
@@ -150,7 +162,9 @@ class RxTAlpha(PretrainedModel):
         ids, mask = self._rows(input_ids, attention_mask)
         if ids.shape[1] > (window := self.model.config.max_length):
             raise DataError(f"an interaction of {ids.shape[1]} tokens; the model's window holds {window}")
-        self._memory = self.model.write(self.memory, ids, mask)
+        written = self.model.write(self.memory, ids, mask)
+        check_written(written)
+        self._set(written)
 
     def export_stm_state(self) -> Tensor:
         """A copy of the memory [L, B, S, D]: the whole state of the conversation."""
@@ -161,7 +175,7 @@ class RxTAlpha(PretrainedModel):
         self.model.check_memory(state.to(self.model.embedding.weight.device), self._batch)
         if not state.isfinite().all():
             raise ModelError("the memory holds NaN or infinity")
-        self._memory = state.detach().clone()
+        self._set(state.detach().clone())
 
     # ---- text to ids and back
 
@@ -305,12 +319,21 @@ class RxTAlpha(PretrainedModel):
         options = SamplingOptions(temperature, 1.0 if top_p is None else top_p, top_k=top_k)
         limits = [window - len(prompt) for prompt in prompts]
         self._stream = None
-        for event in interact_batch(self.model, prompts, self.memory, options, seeds, limits, self._stepper):
+        self._set(self.memory)
+        mine = self._version
+        for event in interact_batch(self.model, prompts, self.memory, options, seeds, limits, self.stepper):
+            if self._version != mine:
+                raise ModelError("the memory was changed or another turn begun before this turn ended: it is not kept")
             if isinstance(event, MemoryUpdated):
-                self._memory = event.memory
+                self._set(event.memory)
             yield event
 
     # ---- helpers
+
+    def _set(self, memory: Tensor) -> None:
+        """Take over a memory; a turn that is under way then ends with an error."""
+        self._memory = memory
+        self._version += 1
 
     def _window(self, max_seq_len: int | None) -> int:
         return usable_window(self.model.config, max_seq_len)
@@ -327,23 +350,24 @@ class RxTAlpha(PretrainedModel):
 
     def _rows(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Ids and mask for every conversation, on the model's device; one row is taken for all of them."""
-        ids = input_ids.to(self.model.embedding.weight.device)
-        mask = (
-            torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask.to(ids.device).bool()
-        )
-        if ids.shape != mask.shape or ids.dim() != 2 or ids.shape[0] not in (1, self._batch):
+        ids, mask = checked_ids(input_ids.to(self.model.embedding.weight.device), attention_mask, self.vocab_size)
+        if ids.shape[0] not in (1, self._batch):
             raise DataError(
-                f"input_ids {list(ids.shape)} and attention_mask {list(mask.shape)} must both be [{self._batch}, T]: "
-                f"the model holds {self._batch} conversation(s), see set_batch_mode"
-            )
-        if not mask.any(dim=1).all():
-            raise DataError("a row of input_ids has no real token")
-        if not 0 <= int(ids.min()) <= int(ids.max()) < self.vocab_size:
-            raise DataError(
-                f"input_ids hold {int(ids.min())} to {int(ids.max())}: the model knows 0 to {self.vocab_size - 1}"
+                f"input_ids {list(ids.shape)} must be [{self._batch}, T]: the model holds {self._batch} "
+                "conversation(s), see set_batch_mode"
             )
         return ids.expand(self._batch, -1), mask.expand(self._batch, -1)
 
 
 class RxTAlphaDecoder(RxTAlpha):
-    """The decoder alone, for `Sampler`: it reads the memory that conversations start from and writes none."""
+    """A Reactive Transformer of which `Sampler` uses the decoder only, over the memory that conversations start from.
+
+    It is loaded from and saved with all of its weights; it takes part in no conversation.
+    """
+
+    def _turn(self, *_: Any, **__: Any) -> Iterator[BatchEvent]:
+        raise ModelError("RxTAlphaDecoder has no conversation: use Sampler, or RxTAlpha")
+
+    def init_stm_state(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> None:
+        """Raises ModelError: it writes no memory."""
+        raise ModelError("RxTAlphaDecoder writes no memory: use RxTAlpha")

@@ -1,11 +1,18 @@
 """The model card (README.md) of a saved model: what it is, how to use it, what was measured."""
 
 from collections.abc import Mapping
-from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from rxt_platform.model.figures import Figures
+
 GENERATED = "<!-- written by rxt-platform: take this line out to keep your own text when the model is saved again -->"
+_INTRODUCTION = {
+    "RxTAlpha": "A Reactive Transformer ([arXiv:2510.03561](https://arxiv.org/abs/2510.03561)): it answers one message "
+    "at a time and keeps the conversation in a fixed-size short-term memory, written after each answer.",
+    "RxTEncoder": "The encoder of a Reactive Transformer ([arXiv:2510.03561](https://arxiv.org/abs/2510.03561)) with a "
+    "head on the mean of its states.",
+}
 _USE = {
     "RxTAlpha": """from rxt_platform import RxTAlpha
 
@@ -26,14 +33,14 @@ values = model(**model.tokenize(["What toy does Tom have?"]))""",
 }
 
 
-def card_metadata(figures: Mapping[str, Any] | None) -> ModelCardData:
+def card_metadata(architecture: str, figures: Figures | None) -> ModelCardData:
     """The card's YAML head, with the measured figures in the Hub's own layout."""
     results = []
     if figures:
-        rows = [("Answer-token perplexity", "perplexity", figures["answer_tokens"]["perplexity"])]
-        rows.append(("Answer-token accuracy", "accuracy", figures["answer_tokens"]["accuracy"]))
-        for distance, recall in figures["recall"].items():
-            rows.append((f"Memory gain at distance {distance}", "memory_gain", recall["gain"]))
+        rows = [("Answer-token perplexity", "perplexity", figures.answer_tokens.perplexity)]
+        rows.append(("Answer-token accuracy", "accuracy", figures.answer_tokens.accuracy))
+        for distance, recall in figures.recall.items():
+            rows.append((f"Memory gain at distance {distance}", "memory_gain", recall.gain))
         results = [
             EvalResult(
                 task_type="text-generation",
@@ -47,22 +54,21 @@ def card_metadata(figures: Mapping[str, Any] | None) -> ModelCardData:
         ]
     return ModelCardData(
         library_name="rxt-platform",
-        pipeline_tag="text-generation",
+        pipeline_tag="feature-extraction" if architecture == "RxTEncoder" else "text-generation",
         tags=["reactive-transformer", "memory"],
-        model_name=figures["name"] if figures else "reactive-transformer",
+        model_name=figures.name if figures else "reactive-transformer",
         eval_results=results or None,
     )
 
 
-def card_text(architecture: str, facts: Mapping[str, str], figures: Mapping[str, Any] | None) -> str:
+def card_text(architecture: str, facts: Mapping[str, str], figures: Figures | None) -> str:
     """The card in Markdown."""
     lines = [
         GENERATED,
         "",
-        f"# {figures['name'] if figures else 'A Reactive Transformer'}",
+        f"# {figures.name if figures else architecture}",
         "",
-        "A Reactive Transformer ([arXiv:2510.03561](https://arxiv.org/abs/2510.03561)): it answers one message at a "
-        "time and keeps the conversation in a fixed-size short-term memory, written after each answer.",
+        _INTRODUCTION.get(architecture, _INTRODUCTION["RxTAlpha"]),
         "",
         "| | |",
         "|---|---|",
@@ -78,13 +84,13 @@ def card_text(architecture: str, facts: Mapping[str, str], figures: Mapping[str,
         "",
         "## Limits",
         "",
-        "It knows what its training data held, and remembers what its memory has room for. It may say anything.",
+        "It knows what its training data held, and nothing else.",
         "",
     ]
     return "\n".join(lines)
 
 
-def _figures(figures: Mapping[str, Any]) -> list[str]:
+def _figures(figures: Figures) -> list[str]:
     lines = [
         "On the held-out conversations of its run. Recall: a fact told in an earlier turn is in the greedy answer; "
         "*memory reset*: the same with an empty memory. Loss and accuracy count answer tokens only, `[EOS]` included.",
@@ -92,17 +98,14 @@ def _figures(figures: Mapping[str, Any]) -> list[str]:
         "| distance in turns | recall | memory reset | gain | questions |",
         "|---|---|---|---|---|",
     ]
-    for distance, row in figures["recall"].items():
-        lines.append(
-            f"| {distance} | {row['with_memory']:.1%} | {row['reset']:.1%} | {row['gain']:+.3f} | {row['count']} |"
-        )
+    for distance, row in figures.recall.items():
+        lines.append(f"| {distance} | {row.with_memory:.1%} | {row.reset:.1%} | {row.gain:+.3f} | {row.count} |")
     lines += ["", "| answer tokens | loss (nats) | perplexity | accuracy | tokens |", "|---|---|---|---|---|"]
-    for name, key in (("with memory", "answer_tokens"), ("memory reset", "memory_reset")):
-        row = figures[key]
+    for name, tokens in (("with memory", figures.answer_tokens), ("memory reset", figures.memory_reset)):
         lines.append(
-            f"| {name} | {row['loss']:.3f} | {row['perplexity']:.3f} | {row['accuracy']:.1%} | {row['count']:,} |"
+            f"| {name} | {tokens.loss:.3f} | {tokens.perplexity:.3f} | {tokens.accuracy:.1%} | {tokens.count:,} |"
         )
     lines += ["", "| stage | steps | held-out loss before | after |", "|---|---|---|---|"]
-    for stage in figures["stages"]:
-        lines.append(f"| {stage['name']} | {stage['steps']} | {stage['loss_before']:.3f} | {stage['loss_after']:.3f} |")
+    for stage in figures.stages:
+        lines.append(f"| {stage.name} | {stage.steps} | {stage.loss_before:.3f} | {stage.loss_after:.3f} |")
     return lines

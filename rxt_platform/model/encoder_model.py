@@ -18,7 +18,7 @@ from rxt_platform.errors import ArtifactError, DataError
 from rxt_platform.model import files
 from rxt_platform.model.encoder import Encoder
 from rxt_platform.model.parameters import count
-from rxt_platform.model.pretrained import PretrainedModel
+from rxt_platform.model.pretrained import PretrainedModel, checked_ids
 
 
 class ValueHead(nn.Module):
@@ -73,13 +73,9 @@ class RxTEncoder(PretrainedModel):
 
         Raises DataError for a row without a real token and for an input longer than the window.
         """
-        if not 0 < input_ids.shape[1] <= self.window:
-            raise DataError(f"an input of {input_ids.shape[1]} tokens; the encoder's window holds 1 to {self.window}")
-        if attention_mask is None:
-            return self.encoder(self.embedding(input_ids), None)[-1].mean(dim=1)
-        mask = attention_mask.bool()
-        if not mask.any(dim=1).all():
-            raise DataError("a row of the attention mask has no real token: there is nothing to pool")
+        if input_ids.dim() == 2 and input_ids.shape[1] > self.window:
+            raise DataError(f"an input of {input_ids.shape[1]} tokens; the encoder's window holds {self.window}")
+        input_ids, mask = checked_ids(input_ids, attention_mask, self.vocab_size)
         states = self.encoder(self.embedding(input_ids), mask)[-1]
         weights = mask.unsqueeze(-1).to(states.dtype)
         return (states * weights).sum(dim=1) / weights.sum(dim=1)
@@ -111,7 +107,7 @@ class RxTEncoder(PretrainedModel):
     ) -> "RxTEncoder":
         """An encoder that was saved with its head; or, with a `head`, the encoder of a Reactive Transformer under a new
         head (which starts from random weights)."""
-        raw = files.read_config(directory)
+        raw = files.read_config(directory, (*files.REACTIVE, "RxTEncoder"))
         if "head" in raw:
             if head is not None:
                 raise ArtifactError(f"{directory}: has a head of its own; leave out `head`")
@@ -135,11 +131,13 @@ class RxTEncoder(PretrainedModel):
         """The head's tensors, by their names in the whole."""
         return {name: tensor for name, tensor in self.state_dict().items() if name.startswith("head.")}
 
-    def save_into(self, directory: Path) -> None:
-        """Write config and weights."""
-        config = {"model": self.config.model_dump(mode="json"), "head": self.head_config.model_dump(mode="json")}
-        files.write_config(directory, config, type(self).__name__)
-        files.write_weights(directory, self.state_dict())
+    def settings(self) -> dict[str, Any]:
+        """What `config.json` holds."""
+        return {"model": self.config.model_dump(mode="json"), "head": self.head_config.model_dump(mode="json")}
+
+    def weights(self) -> dict[str, Tensor]:
+        """All tensors."""
+        return dict(self.state_dict())
 
     def facts(self) -> Mapping[str, str]:
         """Sizes, for the card."""

@@ -1,6 +1,7 @@
 """A model as files in Hugging Face layout: `config.json`, `model.safetensors`, `tokenizer.json`. No pickle."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,14 @@ from torch import Tensor, nn
 from rxt_platform.config.model import ModelConfig
 from rxt_platform.data.tokenizer import RxtTokenizer
 from rxt_platform.errors import ArtifactError
+from rxt_platform.model.figures import REPORT
 from rxt_platform.model.transformer import ReactiveTransformer
 from rxt_platform.storage.directory import MANIFEST, verify_directory
 
-CONFIG, WEIGHTS, TOKENIZER, FIGURES = "config.json", "model.safetensors", "tokenizer.json", "evaluation.json"
+CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
+REACTIVE = ("RxTAlpha", "RxTAlphaDecoder")  # architectures with the weights of a whole Reactive Transformer
 MODEL_TYPE = "reactive-transformer"
-_REPORT = "report.json"  # of a run's folder
-_FIGURES = {"name": str, "answer_tokens": dict, "memory_reset": dict, "recall": dict, "stages": list}
+_PRECISIONS = (torch.float32, torch.bfloat16, torch.float16)
 _HEADER = ("model_type", "architectures")
 
 
@@ -48,11 +50,11 @@ def find_model(path: str | Path) -> Path:
     An artifact's files are checked against its manifest. Raises ArtifactError that names what is wrong.
     """
     directory = Path(path)
-    report = directory / _REPORT
+    report = directory / REPORT
     if report.is_file():
         try:
             directory = Path(json.loads(report.read_text())["model"])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise ArtifactError(f"{report}: not a run's report; give the model's directory instead") from None
         if not directory.is_dir():  # the run's storage was moved
             directory = report.parent.parent / "artifacts" / directory.name
@@ -63,36 +65,16 @@ def find_model(path: str | Path) -> Path:
     return directory
 
 
-def read_figures(path: str | Path) -> dict[str, Any] | None:
-    """What was measured of a model: from the report of the run whose folder `path` is, or from its own directory."""
-    for name in (_REPORT, FIGURES):
-        file = Path(path) / name
-        if file.is_file():
-            try:
-                report = json.loads(file.read_text())
-                return {key: kind(report[key]) for key, kind in _FIGURES.items()}
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
-                raise ArtifactError(f"{file}: not figures of a model: {error}") from None
-    return None
-
-
-def write_figures(directory: Path, figures: dict[str, Any] | None) -> None:
-    """Keep a model's figures beside it, and no other model's."""
-    (directory / FIGURES).unlink(missing_ok=True)
-    if figures:
-        (directory / FIGURES).write_text(json.dumps(figures, indent=2))
-
-
 def load_model(directory: Path, dtype: torch.dtype | None = None) -> tuple[ReactiveTransformer, RxtTokenizer]:
     """Read a model directory, ready for use. Raises ArtifactError that names the file and what is wrong with it."""
-    config = model_config(read_config(directory), directory)
+    config = model_config(read_config(directory, REACTIVE), directory)
     model = empty_model(config)
     load_weights(model, directory, dtype)
     return model.eval(), load_tokenizer(directory, config)
 
 
-def read_config(directory: Path) -> dict[str, Any]:
-    """The mapping in `config.json`, without the Hub's keys."""
+def read_config(directory: Path, architectures: Sequence[str]) -> dict[str, Any]:
+    """The mapping in `config.json`, without the Hub's keys, by which it must be one of `architectures` if it says."""
     path = directory / CONFIG
     try:
         config = json.loads(path.read_text())
@@ -102,6 +84,9 @@ def read_config(directory: Path) -> dict[str, Any]:
         raise ArtifactError(f"{path}: not a model configuration: {error}") from error
     if not isinstance(config, dict):
         raise ArtifactError(f"{path}: not a model configuration: it holds {type(config).__name__}")
+    found = config.get("architectures") or list(architectures)
+    if not isinstance(found, list) or not set(map(str, found)) & set(architectures):
+        raise ArtifactError(f"{path}: holds {found}, not {' or '.join(architectures)}: load it with that class")
     return {key: value for key, value in config.items() if key not in _HEADER}
 
 
@@ -146,8 +131,14 @@ def fill(model: nn.Module, state: dict[str, Tensor], directory: Path, dtype: tor
     for name, tensor in expected.items():
         if tensor.shape != state[name].shape:
             raise ArtifactError(f"{path}: {name} is {tuple(state[name].shape)}, the model has {tuple(tensor.shape)}")
-        if tensor.is_floating_point() != state[name].is_floating_point():
+        wanted = _PRECISIONS if tensor.is_floating_point() else (tensor.dtype,)
+        if state[name].dtype not in wanted:
             raise ArtifactError(f"{path}: {name} is {state[name].dtype}, the model has {tensor.dtype}")
+    found = {tensor.dtype: name for name, tensor in state.items() if tensor.is_floating_point()}
+    if len(found) > 1:
+        raise ArtifactError(f"{path}: tensors of several precisions, such as {found}")
+    if dtype is not None and dtype not in _PRECISIONS:
+        raise ArtifactError(f"dtype {dtype!r}: one of {', '.join(map(str, _PRECISIONS))}")
     if dtype is not None and not next(iter(expected.values())).is_meta:
         model.to(dtype)
     if dtype is not None:

@@ -115,7 +115,7 @@ def generate(
             draws[:, min(turn, draws.shape[1] - 1)],
             cache,
             options,
-            max(used, 1),
+            used,
         )
 
 
@@ -184,7 +184,14 @@ def interact_batch(
     device = memory.device
     ids, mask = _right_padded(interactions, torch.tensor([len(row) for row in interactions], device=device))
     written = model.write(memory, ids, mask if len(interactions) > 1 else None)
+    check_written(written)
     yield MemoryUpdated(written, float((written - memory).norm() / memory.norm()))
+
+
+def check_written(memory: Tensor) -> None:
+    """Raises ModelError for a memory that holds NaN or infinity: the one before is still good."""
+    if not memory.isfinite().all():
+        raise ModelError("what was written into the memory is not finite: the weights hold NaN or infinity; not kept")
 
 
 def interact(

@@ -1,28 +1,36 @@
 """Models to hold: load from a directory, a run or the Hugging Face Hub; save; share, with a model card."""
 
+import logging
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+import safetensors
 import torch
-from huggingface_hub import ModelCard, ModelCardData, ModelHubMixin, snapshot_download
-from torch import nn
+from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
+from huggingface_hub.errors import HTTPError
+from torch import Tensor, nn
 
 from rxt_platform.data.tokenizer import RxtTokenizer
 from rxt_platform.errors import ArtifactError, DataError
 from rxt_platform.model import files
 from rxt_platform.model.card import GENERATED, card_metadata, card_text
+from rxt_platform.model.figures import FIGURES, REPORT, Figures, read_figures, weights_hash
 from rxt_platform.storage.directory import MANIFEST
 
-_PATTERNS = [files.CONFIG, files.WEIGHTS, files.TOKENIZER, files.FIGURES, "README.md"]
+logger = logging.getLogger(__name__)
+
+_PATTERNS = [files.CONFIG, files.WEIGHTS, files.TOKENIZER, FIGURES]
+_CARD = "README.md"
 
 
-class PretrainedModel(nn.Module, ModelHubMixin, library_name="rxt-platform", tags=["reactive-transformer", "memory"]):
+class PretrainedModel(nn.Module, ModelHubMixin):
     """What all faces of a model share: `from_pretrained`, `save_pretrained`, `push_to_hub`, a tokenizer, figures."""
 
     has_figures: ClassVar[bool] = True
     tokenizer: RxtTokenizer | None
-    figures: dict[str, Any] | None
+    figures: Figures | None
 
     @classmethod
     def from_pretrained(
@@ -54,48 +62,100 @@ class PretrainedModel(nn.Module, ModelHubMixin, library_name="rxt-platform", tag
             revision=revision,
         )
         model = cls.from_directory(directory, tokenizer, **options)
-        model.figures = (files.read_figures(place) or files.read_figures(directory)) if cls.has_figures else None
+        model.figures = None
+        measured = (read_figures(Path(place)) or read_figures(directory)) if cls.has_figures else None
+        if measured is not None and options.get("dtype") is None:
+            found = weights_hash(model.weights())
+            if measured.weights in (None, found):
+                model.figures = measured.model_copy(update={"weights": found})
+            else:
+                logger.warning("%s: the figures beside the weights are of other weights: left out", directory)
         return model.eval()
+
+    def weights(self) -> dict[str, Tensor]:
+        """The tensors that are saved, by their names in the file."""
+        raise NotImplementedError
 
     @classmethod
     def from_directory(cls, directory: Path, tokenizer: RxtTokenizer | None, dtype: torch.dtype | None = None) -> Self:
         """The model in a local directory."""
         raise NotImplementedError
 
-    def save_into(self, directory: Path) -> None:
-        """Write `config.json` and `model.safetensors`."""
+    def settings(self) -> dict[str, Any]:
+        """What `config.json` holds."""
         raise NotImplementedError
 
     def save_pretrained(
-        self, save_directory: str | Path, *, push_to_hub: bool = False, repo_id: str | None = None, **options: Any
+        self,
+        save_directory: str | Path,
+        *,
+        config: Any = None,
+        repo_id: str | None = None,
+        push_to_hub: bool = False,
+        model_card_kwargs: dict[str, Any] | None = None,
+        **push_to_hub_kwargs: Any,
     ) -> str | None:
-        """Write `config.json`, `model.safetensors`, `tokenizer.json`, the figures and a card.
+        """Write `config.json`, `model.safetensors`, `tokenizer.json`, the figures and a card: all of them, or none.
 
-        `push_to_hub` shares them too, with Hugging Face's options. A card that was written by hand stays as it is.
-        Raises RxtError, and writes nothing, without a tokenizer and for a run's artifact.
+        `push_to_hub` shares the model too, with Hugging Face's options (`config` and `model_card_kwargs`, which their
+        interface has, change nothing). In the directory, a card that was written by hand stays as it is. Raises
+        RxtError without a tokenizer and for a run's folder or artifact.
         """
         directory = Path(save_directory)
-        if (directory / MANIFEST).exists():
-            raise ArtifactError(f"{directory}: a run's artifact, which must stay as it is; save somewhere else")
+        if (directory / MANIFEST).exists() or (directory / REPORT).exists():
+            raise ArtifactError(f"{directory}: made by a run, and must stay as it is; save somewhere else")
+        if push_to_hub_kwargs and not push_to_hub:
+            raise DataError(f"unknown options {sorted(push_to_hub_kwargs)}: they are for push_to_hub=True")
         self.own_tokenizer()
-        card = directory / "README.md"
         try:
-            if card.is_file() and GENERATED in card.read_text(errors="replace"):
-                card.unlink()
-            super().save_pretrained(directory)
-        except OSError as error:
+            directory.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as temporary:
+                self._write_files(Path(temporary))
+                for name in (files.WEIGHTS, files.TOKENIZER, FIGURES, _CARD, files.CONFIG):
+                    self._put(Path(temporary) / name, directory / name)
+        except (OSError, safetensors.SafetensorError) as error:
             raise ArtifactError(f"{directory}: cannot be written: {error}") from error
-        return self.push_to_hub(repo_id or directory.name, **options) if push_to_hub else None
+        if not push_to_hub:
+            return None
+        return self.push_to_hub(repo_id or directory.resolve().name, **push_to_hub_kwargs)
 
-    def _save_pretrained(self, save_directory: Path) -> None:
-        self.save_into(save_directory)
-        self.own_tokenizer().save(save_directory / files.TOKENIZER)
-        files.write_figures(save_directory, self.figures)
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Share the model on the Hugging Face Hub, with the Hub's own options; DataError without a tokenizer."""
+        self.own_tokenizer()
+        return str(super().push_to_hub(repo_id, **options))
+
+    def _write_files(self, directory: Path) -> None:
+        """All files of the model; figures only of the very weights that were measured."""
+        state = self.weights()
+        if self.figures is not None and self.figures.weights != weights_hash(state):
+            logger.warning("the weights have changed since they were measured: the figures are left out")
+            self.figures = None
+        files.write_config(directory, self.settings(), type(self).__name__)
+        files.write_weights(directory, state)
+        self.own_tokenizer().save(directory / files.TOKENIZER)
+        if self.figures is not None:
+            (directory / FIGURES).write_text(self.figures.model_dump_json(indent=2))
+        self.generate_model_card().save(directory / _CARD)
+
+    @staticmethod
+    def _put(new: Path, place: Path) -> None:
+        """Put a written file in its place; take away an earlier model's, but nothing that somebody else wrote."""
+        if place.name == _CARD and place.is_file() and GENERATED not in place.read_text(errors="replace"):
+            return
+        if new.exists():
+            new.replace(place)
+        elif place.is_file():
+            try:
+                read_figures(place.parent)
+            except ArtifactError:
+                return
+            place.unlink()
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
         """A card that says what the model is, how to use it and what was measured."""
-        data: ModelCardData = card_metadata(self.figures)
-        return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{card_text(type(self).__name__, self.facts(), self.figures)}")
+        name = type(self).__name__
+        head = card_metadata(name, self.figures).to_yaml()
+        return ModelCard(f"---\n{head}\n---\n\n{card_text(name, self.facts(), self.figures)}")
 
     def facts(self) -> Mapping[str, str]:
         """What the card's table says of the model."""
@@ -136,6 +196,22 @@ def find_or_download(name: str | Path, patterns: list[str], **options: Any) -> P
         return files.find_model(place)  # in a folder that is here, a name that is not is a mistyped one
     try:
         return Path(snapshot_download(str(name), allow_patterns=patterns, **options))
-    except (OSError, ValueError) as error:  # the Hub's own errors are kinds of these
-        reason = str(error).strip().splitlines()[0]
+    except (OSError, ValueError, HTTPError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ArtifactError(f"{name}: no such directory, and not to be had from the Hub: {reason}") from error
+
+
+def checked_ids(input_ids: Tensor, attention_mask: Tensor | None, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """Token ids [B, T] and their boolean mask. Raises DataError for what the model can't take."""
+    ids = input_ids
+    mask = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask.to(ids.device).bool()
+    if ids.dim() != 2 or ids.shape != mask.shape or ids.is_floating_point() or not ids.numel():
+        raise DataError(
+            f"input_ids {list(ids.shape)} of {ids.dtype} with attention_mask {list(mask.shape)}: both must be [B, T], "
+            "and ids whole numbers"
+        )
+    if not mask.any(dim=1).all():
+        raise DataError("a row of the attention mask has no real token")
+    if not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
+        raise DataError(f"input_ids hold {int(ids.min())} to {int(ids.max())}: the model knows 0 to {vocab_size - 1}")
+    return ids, mask

@@ -47,7 +47,9 @@ class Sampler:
             top_k,
             (self.end_token_id,),
         )
-        for (token,) in generate(self.model.model, [list(input_ids)], self.model.memory, options):
+        for (token,) in generate(
+            self.model.model, [list(input_ids)], self.model.memory, options, stepper=self.model.stepper
+        ):
             assert token is not None  # a single row's generation stops when it ends
             yield token
 

@@ -43,50 +43,54 @@ class SamplingOptions:
 GREEDY = SamplingOptions()
 
 
+def check_seeds(seeds: Sequence[int]) -> None:
+    """Raises DataError unless every seed is a whole number in [0, 2**63)."""
+    if wrong := [seed for seed in seeds if not isinstance(seed, int) or not 0 <= seed < 2**63]:
+        raise DataError(f"seed {wrong[0]}: must be a whole number in [0, 2**63)")
+
+
 def uniform_draws(seeds: Sequence[int], options: SamplingOptions, window: int) -> Tensor:
     """Uniform numbers [B, window] in [0, 1), one for each token, each row's from its own seed; [B, 1] when greedy."""
     if options.temperature == 0:
         return torch.zeros(len(seeds), 1)
-    if any(not 0 <= seed < 2**63 for seed in seeds):
-        raise DataError(f"seeds {list(seeds)}: each must be in [0, 2**63)")
+    check_seeds(seeds)
     return torch.stack([torch.rand(window, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
-def choose(logits: Tensor, options: SamplingOptions, draws: Tensor) -> Tensor:
+def choose(logits: Tensor, options: SamplingOptions, draws: Tensor, look: bool = True) -> Tensor:
     """The next token of each row [B] from logits [B, V] and uniform `draws` [B]; -1 where a logit is not finite.
 
-    Drawn by inverting the cumulative distribution of the tokens that may be drawn.
+    Drawn by inverting the cumulative distribution, in the vocabulary's order, of the tokens that may be drawn. Tokens
+    as likely as the last that `top_k` or `top_p` keeps are kept too, so that no order of equals matters. `look` lets
+    values be read on the host where that saves work; the result is the same.
     """
     broken = ~logits.sum(dim=-1, dtype=torch.float32).isfinite()  # one pass; NaN and infinity survive a sum
     if options.temperature == 0:
         return logits.argmax(dim=-1).masked_fill(broken, NOT_FINITE)
     logits = logits.float()
-    ordered = ((logits - logits.amax(dim=-1, keepdim=True)) / options.temperature).softmax(dim=-1)
-    order = None
+    probabilities = ((logits - logits.amax(dim=-1, keepdim=True)) / options.temperature).softmax(dim=-1)
     if options.top_k is not None or options.top_p < 1:
-        ordered, order = _likeliest(ordered, options)
-        mass = 1.0 if options.top_k is None else ordered.sum(dim=-1, keepdim=True)
-        before = ordered.cumsum(dim=-1) - ordered
-        ordered = ordered * (before < options.top_p * mass)
-    ends = ordered.cumsum(dim=-1)
-    place = (ends <= draws[:, None] * ends[:, -1:]).sum(dim=-1, keepdim=True)
+        probabilities = probabilities * (probabilities >= _least_kept(probabilities, options, look))
+    ends = probabilities.cumsum(dim=-1)
+    place = (ends <= draws[:, None] * ends[:, -1:]).sum(dim=-1)
     # Rounding may take a draw next to 1 past the end; the last token with any probability is where the sum is reached.
-    place = place.minimum((ends < ends[:, -1:]).sum(dim=-1, keepdim=True))
-    picked = place if order is None else order.gather(1, place)
-    return picked[:, 0].masked_fill(broken, NOT_FINITE)
+    place = place.minimum((ends < ends[:, -1:]).sum(dim=-1))
+    return place.masked_fill(broken, NOT_FINITE)
 
 
-def _likeliest(probabilities: Tensor, options: SamplingOptions) -> tuple[Tensor, Tensor]:
-    """The tokens that may be drawn, likeliest first, with their probabilities: all that `top_k` and `top_p` keep.
+def _least_kept(probabilities: Tensor, options: SamplingOptions, look: bool) -> Tensor:
+    """Probability [B, 1] of the least likely token that `top_k` and `top_p` keep.
 
-    Sorting a whole vocabulary costs more than a small model's step, so where values can be looked at, it is done only
-    if the first tokens don't reach `top_p`.
+    Sorting a whole vocabulary costs more than a small model's step, so where one may `look`, it is done only if the
+    first tokens don't reach `top_p`.
     """
     vocabulary = probabilities.shape[-1]
-    fixed = torch.compiler.is_compiling() or (probabilities.is_cuda and torch.cuda.is_current_stream_capturing())
-    if options.top_k is None and vocabulary > _FIRST and not fixed:
-        first = probabilities.topk(_FIRST, dim=-1)
-        if bool((first.values.sum(dim=-1) >= options.top_p).all()):
-            return first.values, first.indices
-    kept = probabilities.topk(min(options.top_k or vocabulary, vocabulary), dim=-1)
-    return kept.values, kept.indices
+    likeliest: Tensor | None = None
+    if look and options.top_k is None and vocabulary > _FIRST:
+        first = probabilities.topk(_FIRST, dim=-1).values
+        likeliest = first if bool((first.sum(dim=-1) >= options.top_p).all()) else None
+    if likeliest is None:
+        likeliest = probabilities.topk(min(options.top_k or vocabulary, vocabulary), dim=-1).values
+    mass = 1.0 if options.top_k is None else likeliest.sum(dim=-1, keepdim=True)
+    kept = likeliest.cumsum(dim=-1) - likeliest < options.top_p * mass
+    return likeliest.masked_fill(~kept, torch.inf).amin(dim=-1, keepdim=True)

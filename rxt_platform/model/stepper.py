@@ -1,6 +1,6 @@
 """Runs decoding steps: eagerly, compiled by torch, or as replayed CUDA graphs."""
 
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
@@ -8,9 +8,11 @@ from torch import Tensor, nn
 from rxt_platform.config.model import ModelConfig
 from rxt_platform.errors import ModelError
 from rxt_platform.model.decoder import Cache, Decoder
+from rxt_platform.model.feedforward import MixtureOfExperts
 from rxt_platform.model.sampling import SamplingOptions, choose
 
 Execution = Literal["eager", "compile", "cuda_graph"]
+_GRAPHS_KEPT = 4
 
 
 class LanguageModel(Protocol):
@@ -24,16 +26,16 @@ class LanguageModel(Protocol):
 class Stepper:
     """Runs the decoding steps of a model: eagerly, compiled, or as a replayed CUDA graph.
 
-    Compiled code and graphs are kept between calls of `generate`, for each batch size and cache length. A CUDA graph
-    has one cache in fixed memory, so one generation at a time.
+    Compiled code and graphs are kept between calls of `generate`: one for each batch size, temperature, top_k and top_p
+    (compiled code for eight of them at most, then torch goes on eagerly; graphs for the last four).
     """
 
     def __init__(self, model: LanguageModel, execution: Execution = "eager") -> None:
-        if execution == "cuda_graph" and model.embedding.weight.device.type != "cuda":
-            raise ModelError(
-                f"cuda_graph needs a model on a CUDA device, this one is on {model.embedding.weight.device}"
-            )
+        if execution not in get_args(Execution):
+            raise ModelError(f"execution {execution!r}: one of {', '.join(get_args(Execution))}")
         self.model, self.execution = model, execution
+        if execution == "cuda_graph":
+            _check_capturable(model)
         self._step = torch.compile(_next_tokens, dynamic=False) if execution == "compile" else _next_tokens
         self._graphs: dict[tuple[object, ...], _Graph] = {}
 
@@ -47,12 +49,31 @@ class Stepper:
     ) -> Tensor:
         """The token that follows `tokens` [B] at `positions` [B]; `length` says how much of the cache is in use."""
         if self.execution == "cuda_graph":
-            key = (len(tokens), cache.length, options.temperature, options.top_k, options.top_p)
-            if key not in self._graphs:
-                self._graphs[key] = _Graph(self.model, cache, options, len(tokens))
-            return self._graphs[key].replay(tokens, positions, draws, cache)
+            return self._graph(cache, options, len(tokens)).replay(tokens, positions, draws, cache)
         used = length if self.execution == "eager" else cache.length
-        return self._step(self.model, tokens, positions, draws, cache, options, used)
+        return self._step(self.model, tokens, positions, draws, cache, options, used, self.execution == "eager")
+
+    def _graph(self, cache: Cache, options: SamplingOptions, batch: int) -> "_Graph":
+        weight = self.model.embedding.weight  # a model that was moved or cast has other weights than the graph
+        key = (batch, options.temperature, options.top_k, options.top_p, weight.data_ptr(), weight.dtype)
+        if key not in self._graphs:
+            if len(self._graphs) >= _GRAPHS_KEPT:
+                del self._graphs[next(iter(self._graphs))]
+            self._graphs[key] = _Graph(self.model, cache, options, batch)
+        return self._graphs[key]
+
+
+def _check_capturable(model: LanguageModel) -> None:
+    """Raises ModelError where the steps can't be captured: grouped products look at their groups' sizes on the host."""
+    weight = model.embedding.weight
+    if weight.device.type != "cuda":
+        raise ModelError(f"cuda_graph needs a model on a CUDA device, this one is on {weight.device}")
+    routed = any(isinstance(part, MixtureOfExperts) for part in model.decoder.modules())
+    if routed and (weight.dtype != torch.bfloat16 or torch.cuda.get_device_capability(weight.device) < (9, 0)):
+        raise ModelError(
+            f"cuda_graph of a mixture of experts needs bf16 weights (these are {weight.dtype}) and a device of compute "
+            "capability 9.0"
+        )
 
 
 class _Graph:
@@ -70,21 +91,28 @@ class _Graph:
         self._filled_from: Cache | None = None
 
         def step() -> Tensor:
-            return _next_tokens(model, self.tokens, self.positions, self.draws, self.cache, options, cache.length)
+            return _next_tokens(
+                model, self.tokens, self.positions, self.draws, self.cache, options, cache.length, False
+            )
 
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):  # kernels choose their algorithms and allocate before the capture
-                step()
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.output = step()
+        with torch.cuda.device(device):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(3):  # kernels choose their algorithms and allocate before the capture
+                    step()
+            torch.cuda.current_stream().wait_stream(stream)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, stream=stream):
+                self.output = step()
 
     def replay(self, tokens: Tensor, positions: Tensor, draws: Tensor, cache: Cache) -> Tensor:
-        """The step's result; the first replay of a generation takes over its prefilled cache."""
+        """The step's result. A generation's cache is taken over at its first replay, and given back to it when another
+        generation comes between."""
         if self._filled_from is not cache:
+            if self._filled_from is not None:
+                for mine, theirs in zip(_tensors(self.cache), _tensors(self._filled_from), strict=True):
+                    theirs.copy_(mine)
             for mine, theirs in zip(_tensors(self.cache), _tensors(cache), strict=True):
                 mine.copy_(theirs)
             self._filled_from = cache
@@ -108,7 +136,8 @@ def _next_tokens(
     cache: Cache,
     options: SamplingOptions,
     length: int,
+    look: bool,
 ) -> Tensor:
-    """One decoding step, without a look at any value: [B] -> [B]."""
+    """One decoding step: [B] -> [B]; unless it may `look`, without reading any value on the host."""
     states = model.decoder.step(model.embedding(tokens)[:, None], positions[:, None], cache, length)
-    return choose(model.decoder.head(states[:, 0]), options, draws)
+    return choose(model.decoder.head(states[:, 0]), options, draws, look)

@@ -25,8 +25,7 @@ def use_cpus(count: int) -> None:
     os.environ["OMP_NUM_THREADS"] = str(count)
     torch.set_num_threads(count)
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # not in other C libraries
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, _KEPT)
+    if mallopt is not None and mallopt(_M_MMAP_THRESHOLD, _KEPT):  # older glibc refuses, and the other alone does harm
         mallopt(_M_TRIM_THRESHOLD, _KEPT)
 
 

@@ -342,13 +342,57 @@ def test_sampling_follows_the_global_generator_or_its_own_seed() -> None:
     assert sample(1, temperature=0.0) == sample(2, temperature=0.0) == sample(1, temperature=1.0, top_k=1)
 
 
-def test_how_steps_are_run_changes_no_token() -> None:
-    model, other = alpha(), alpha()
-    other.set_execution("eager")
-    assert turn(other, QUERIES[0], seed=1) == turn(model, QUERIES[0], seed=1)
-    assert torch.equal(other.export_stm_state(), model.export_stm_state())
+def test_an_execution_that_cannot_be_is_refused() -> None:
+    model = alpha()
     with pytest.raises(ModelError, match="cuda_graph needs a model on a CUDA device"):
-        other.set_execution("cuda_graph")
+        model.set_execution("cuda_graph")
+    with pytest.raises(ModelError, match="execution 'compiled': one of eager, compile, cuda_graph"):
+        model.set_execution("compiled")  # type: ignore[arg-type]
+
+
+def test_of_two_turns_at_once_the_first_is_ended_and_the_second_kept() -> None:
+    model, other = alpha(), alpha()
+    first, second = (model.interact(**model.tokenize_query(query), seed=1) for query in QUERIES[:2])
+    next(first)
+    tokens = list(second)
+    with pytest.raises(ModelError, match="another turn begun"):
+        list(first)
+    assert tokens == list(other.interact(**other.tokenize_query(QUERIES[1]), seed=1))
+    assert torch.equal(model.export_stm_state(), other.export_stm_state())
+
+
+@pytest.mark.parametrize("how", ["turn", "init"])
+def test_a_memory_that_would_not_be_finite_is_not_kept(how: str) -> None:
+    model = alpha()
+    before = model.export_stm_state()
+    model.model.memory_attention.layers[1].write_attention.output.bias.data[3] = torch.nan
+    encoded = model.tokenize_full_interaction("Tom", "a hat")
+    write = {"turn": lambda: list(model.interact(**encoded)), "init": lambda: model.init_stm_state(**encoded)}[how]
+    with pytest.raises(ModelError, match="written into the memory is not finite"):
+        write()
+    assert torch.equal(model.export_stm_state(), before)
+
+
+def test_the_decoder_alone_takes_part_in_no_conversation() -> None:
+    model = RxTAlphaDecoder(alpha().model, word_tokenizer())
+    with pytest.raises(ModelError, match="has no conversation"):
+        list(model.interact(**model.tokenize_query(QUERIES[0])))
+    with pytest.raises(ModelError, match="writes no memory"):
+        model.init_stm_state(**model.tokenize_full_interaction("Tom", "a hat"))
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, 1.5])
+def test_a_seed_that_is_none_is_refused(seed: Any) -> None:
+    with pytest.raises(DataError, match="must be a whole number in"):
+        alpha().reset_stm_state([seed])
+
+
+def test_half_a_character_and_ids_that_are_no_whole_numbers_are_refused() -> None:
+    model = alpha()
+    with pytest.raises(DataError, match="character 5 of the text is no Unicode character"):
+        model.tokenize_query("Tom \ud800")
+    with pytest.raises(DataError, match="ids whole numbers"):
+        list(model.interact(torch.tensor([[2.0, 5.0]])))
 
 
 def test_a_turn_without_a_real_token_or_of_another_shape_is_refused() -> None:
@@ -356,9 +400,9 @@ def test_a_turn_without_a_real_token_or_of_another_shape_is_refused() -> None:
     ids = torch.tensor([[BOS, QUERY, 20]])
     for bad, mask, message in (
         (ids[0], None, r"input_ids \[3\]"),
-        (ids.repeat(2, 1), None, r"input_ids \[2, 3\] .* must both be \[1, T\]"),
+        (ids.repeat(2, 1), None, r"input_ids \[2, 3\] must be \[1, T\]"),
         (ids, torch.ones(1, 2), r"attention_mask \[1, 2\]"),
-        (ids, torch.zeros(1, 3), "a row of input_ids has no real token"),
+        (ids, torch.zeros(1, 3), "a row of the attention mask has no real token"),
         (torch.tensor([[BOS, 300]]), None, "input_ids hold 2 to 300: the model knows 0 to 299"),
         (torch.tensor([[BOS, -1]]), None, "input_ids hold -1 to 2: the model knows 0 to 299"),
     ):
@@ -515,14 +559,14 @@ def test_batch_mode_is_said_where_it_is_missing_or_in_the_way() -> None:
         with pytest.raises(DataError, match="set_batch_mode needs a batch_size of at least 1"):
             model.set_batch_mode(True, size)
     encoded = model.tokenize_batch(QUERIES)
-    with pytest.raises(DataError, match=r"must both be \[1, T\]: the model holds 1 conversation"):
+    with pytest.raises(DataError, match=r"must be \[1, T\]: the model holds 1 conversation"):
         list(model.batch_interact(**encoded))
     model.set_batch_mode(True, 2)
     with pytest.raises(DataError, match="holds 2 conversations: use batch_interact"):
         list(model.interact(**model.tokenize_query("Hi.")))
-    with pytest.raises(DataError, match=r"input_ids \[3, \d+\] .* must both be \[2, T\]"):
+    with pytest.raises(DataError, match=r"input_ids \[3, \d+\] must be \[2, T\]"):
         model.batch_interactions(**encoded)
-    with pytest.raises(DataError, match=r"must both be \[2, T\]"):
+    with pytest.raises(DataError, match=r"must be \[2, T\]"):
         model.init_stm_state(**encoded)
     with pytest.raises(DataError, match="3 seeds for 2 conversations"):
         model.reset_stm_state(seeds=range(3))

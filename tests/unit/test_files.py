@@ -157,7 +157,7 @@ def test_truncated_weights_are_refused(saved: Path) -> None:
 def test_a_tokenizer_with_other_special_tokens_is_refused(saved: Path) -> None:
     path = saved / "tokenizer.json"
     path.write_text(path.read_text().replace('"[A]"', '"[ANSWER]"'))
-    with pytest.raises(ArtifactError, match=r"special token \[A\] must have id 6"):
+    with pytest.raises(ArtifactError, match=r"\[A\] must be a special token with id 6"):
         load_model(saved)
 
 

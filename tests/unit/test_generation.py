@@ -416,6 +416,22 @@ def test_generation_works_with_any_sharing_of_heads() -> None:
     assert answer_batch(model, prompts, memory, SamplingOptions()) == expected
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("top_p", [0.5, 0.9, 0.9999])
+def test_a_row_is_drawn_alike_alone_in_a_batch_and_without_a_look(dtype: torch.dtype, top_p: float) -> None:
+    """In bf16 many tokens are equally likely, and a vocabulary of 3,000 is sorted in part where one may look."""
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.linspace(0.1, 8, 40)[:, None]  # from flat, which needs the whole vocabulary, to peaked
+    logits = (torch.randn(40, 3000, generator=generator) * scale).to(dtype)
+    draws = torch.rand(40, generator=generator)
+    options = SamplingOptions(temperature=1.0, top_p=top_p)
+    together = choose(logits, options, draws)
+    assert torch.equal(choose(logits, options, draws, look=False), together)
+    alone = [choose(logits[i : i + 1], options, draws[i : i + 1]) for i in range(40)]
+    assert torch.equal(torch.cat(alone), together)
+    assert len(set(together.tolist())) > 30
+
+
 # ---- how steps are run
 
 
@@ -424,10 +440,13 @@ def test_a_cuda_graph_needs_a_model_on_a_cuda_device() -> None:
         Stepper(tiny_model(), "cuda_graph")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0),
+    reason="needs a CUDA device of compute capability 9.0",
+)
 @pytest.mark.parametrize("options", [SamplingOptions(), SamplingOptions(temperature=1.0, top_p=0.9)])
 def test_a_cuda_graph_gives_the_tokens_of_eager_steps(options: SamplingOptions) -> None:
-    model, prompts = model_that_ends(SOMETIMES).cuda(), prompts_of(*LENGTHS)
+    model, prompts = model_that_ends(SOMETIMES).to("cuda", torch.bfloat16), prompts_of(*LENGTHS)
     stepper = Stepper(model, "cuda_graph")
     for seed in range(3):  # the later ones replay what the first captured
         memory = model.initial_memory(torch.arange(8) + 10 * seed)

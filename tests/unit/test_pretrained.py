@@ -15,6 +15,7 @@ from rxt_platform import RxTAlpha, RxTAlphaDecoder, RxTEncoder, load_tokenizer_f
 from rxt_platform.config.model import HeadConfig
 from rxt_platform.data.tokenizer import RxtTokenizer
 from rxt_platform.errors import ArtifactError, DataError, RxtError
+from rxt_platform.model.figures import Figures, read_figures, weights_hash
 from rxt_platform.model.files import save_model
 from rxt_platform.model.parameters import measure_size
 from rxt_platform.storage.directory import MANIFEST, commit_directory
@@ -45,6 +46,15 @@ FIGURES: dict[str, Any] = {
 }
 
 Face = RxTAlpha | RxTEncoder
+
+
+def shown(figures: Figures | None) -> dict[str, Any]:
+    """Figures without what binds them to their weights."""
+    assert figures is not None
+    return figures.model_dump(exclude={"weights"})
+
+
+MEASURED = shown(Figures.model_validate(FIGURES))
 
 
 @pytest.fixture
@@ -162,16 +172,16 @@ def test_a_tokenizer_is_found_where_the_model_is(place: str, request: pytest.Fix
 def test_a_run_s_folder_is_its_last_model_with_its_figures(run_folder: Path, artifact: Path) -> None:
     loaded, bare = RxTAlpha.from_pretrained(run_folder), RxTAlpha.from_pretrained(artifact)
     assert all(torch.equal(tensor, bare.state_dict()[name]) for name, tensor in loaded.state_dict().items())
-    assert loaded.figures == FIGURES
+    assert shown(loaded.figures) == MEASURED
     assert bare.figures is None
 
 
 def test_figures_survive_every_further_save(run_folder: Path, tmp_path: Path) -> None:
     RxTAlpha.from_pretrained(run_folder).save_pretrained(tmp_path / "first")
-    assert set(content(tmp_path / "first")) == {*LAYOUT, "evaluation.json"}
-    assert json.loads((tmp_path / "first/evaluation.json").read_text()) == FIGURES
+    assert set(content(tmp_path / "first")) == {*LAYOUT, "figures.json"}
+    assert shown(read_figures(tmp_path / "first")) == MEASURED
     again = RxTAlpha.from_pretrained(tmp_path / "first")
-    assert again.figures == FIGURES
+    assert shown(again.figures) == MEASURED
     again.save_pretrained(tmp_path / "second")
     assert content(tmp_path / "second") == content(tmp_path / "first")
 
@@ -188,7 +198,7 @@ def test_a_run_s_artifact_that_was_altered_is_refused_by_its_file(run_folder: Pa
 
 @pytest.mark.parametrize("name", FACES)
 def test_saving_into_a_run_s_artifact_is_refused(name: str, artifact: Path) -> None:
-    with pytest.raises(ArtifactError, match="a run's artifact, which must stay as it is; save somewhere else"):
+    with pytest.raises(ArtifactError, match="made by a run, and must stay as it is; save somewhere else"):
         face(name).save_pretrained(artifact)
 
 
@@ -314,7 +324,8 @@ def test_pushing_uploads_exactly_the_saved_files(name: str, tmp_path: Path, monk
     monkeypatch.setattr(RecordingHub, "copy", tmp_path / "uploaded", raising=False)
     monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", RecordingHub)
     model = face(name)
-    model.figures = FIGURES if name == "RxTAlpha" else None
+    if name == "RxTAlpha":
+        model.figures = Figures(**FIGURES, weights=weights_hash(model.weights()))
     model.save_pretrained(tmp_path / "saved")
     assert model.push_to_hub("someone/toys", private=True, token="secret").endswith("/commit/1")
     assert [call for call, _ in RecordingHub.calls] == ["token", "create_repo", "upload_folder"]
@@ -322,7 +333,7 @@ def test_pushing_uploads_exactly_the_saved_files(name: str, tmp_path: Path, monk
     assert token == {"token": "secret"}
     assert (repo["repo_id"], repo["private"]) == ("someone/toys", True)
     assert (upload["repo_id"], upload["repo_type"]) == ("someone/toys", "model")
-    assert set(content(tmp_path / "uploaded")) == LAYOUT | ({"evaluation.json"} if model.figures else set())
+    assert set(content(tmp_path / "uploaded")) == LAYOUT | ({"figures.json"} if model.figures else set())
     assert content(tmp_path / "uploaded") == content(tmp_path / "saved")
 
 
@@ -334,7 +345,7 @@ def test_a_model_in_the_hub_s_cache_is_loaded_by_its_name_and_revision(run_folde
     place: dict[str, Any] = {"cache_dir": tmp_path / "cache", "local_files_only": True, "revision": "v1"}
     loaded, bare = RxTAlpha.from_pretrained("someone/toys", **place), RxTAlpha.from_pretrained(run_folder)
     assert all(torch.equal(tensor, bare.state_dict()[name]) for name, tensor in loaded.state_dict().items())
-    assert loaded.figures == FIGURES
+    assert shown(loaded.figures) == MEASURED
     assert load_tokenizer_from_hf_hub("someone/toys", **place).vocab_size == 300
     with pytest.raises(ArtifactError, match="someone/toys: no such directory, and not to be had from the Hub"):
         RxTAlpha.from_pretrained("someone/toys", **{**place, "revision": "v2"})
@@ -378,7 +389,7 @@ def test_a_configuration_that_is_none_is_named(text: str, saved: Path) -> None:
         RxTAlpha.from_pretrained(saved)
 
 
-@pytest.mark.parametrize("name", ["config.json", "evaluation.json"])
+@pytest.mark.parametrize("name", ["config.json", "figures.json"])
 def test_json_nested_too_deeply_is_named(name: str, saved: Path) -> None:
     (saved / name).write_text('{"a": ' + "[" * 100_000)
     with pytest.raises(ArtifactError, match=name):
@@ -412,7 +423,7 @@ def test_the_wrong_face_is_refused(saved: Path, tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=r"without an encoder head; choose one, such as head=\{'kind': 'value'\}"):
         RxTEncoder.from_pretrained(saved)
     face("RxTEncoder").save_pretrained(tmp_path / "encoder")
-    with pytest.raises(ArtifactError, match=r"config\.json: not a model configuration"):
+    with pytest.raises(ArtifactError, match=r"config\.json: holds \[\'RxTEncoder\'\], not RxTAlpha"):
         RxTAlpha.from_pretrained(tmp_path / "encoder")
 
 
@@ -427,8 +438,8 @@ def test_a_tokenizer_that_is_not_the_model_s_is_named(saved: Path) -> None:
 
 @pytest.mark.parametrize("text", ["[]", "{}", '{"name": "toys"}', "{"])
 def test_figures_that_are_none_are_named(text: str, saved: Path) -> None:
-    (saved / "evaluation.json").write_text(text)
-    with pytest.raises(ArtifactError, match=r"evaluation\.json: not figures of a model"):
+    (saved / "figures.json").write_text(text)
+    with pytest.raises(ArtifactError, match=r"figures\.json: not figures of a model"):
         RxTAlpha.from_pretrained(saved)
 
 
@@ -437,3 +448,86 @@ def test_a_report_that_names_no_model_is_named(text: str, tmp_path: Path) -> Non
     (tmp_path / "report.json").write_text(text)
     with pytest.raises(ArtifactError, match=r"report\.json: not a run's report|gone: no such model directory"):
         RxTAlpha.from_pretrained(tmp_path)
+
+
+# ---- what must not happen
+
+
+def test_a_run_s_folder_is_not_saved_into(run_folder: Path) -> None:
+    """Its report names another model, which would be the one that is loaded."""
+    before = content(run_folder)
+    with pytest.raises(ArtifactError, match="made by a run"):
+        alpha(seed=1).save_pretrained(run_folder)
+    assert content(run_folder) == before
+
+
+def test_figures_leave_with_the_weights_that_were_measured(run_folder: Path, tmp_path: Path) -> None:
+    model = RxTAlpha.from_pretrained(run_folder)
+    assert model.figures is not None
+    model.model.decoder.head.bias.data += 1.0
+    model.save_pretrained(tmp_path / "changed")
+    assert "Nothing was measured" in (tmp_path / "changed/README.md").read_text()
+    assert RxTAlpha.from_pretrained(run_folder, dtype=torch.bfloat16).figures is None
+    RxTAlpha.from_pretrained(run_folder).save_pretrained(tmp_path / "same")
+    alpha(seed=1).save_pretrained(tmp_path / "other")
+    (tmp_path / "other/model.safetensors").replace(tmp_path / "same/model.safetensors")
+    assert RxTAlpha.from_pretrained(tmp_path / "same").figures is None
+
+
+def test_a_file_of_somebody_else_under_the_figures_name_stays(tmp_path: Path) -> None:
+    (tmp_path / "figures.json").write_text('{"mine": 1}')
+    alpha().save_pretrained(tmp_path)
+    assert (tmp_path / "figures.json").read_text() == '{"mine": 1}'
+
+
+def test_a_save_that_fails_leaves_the_earlier_model_whole(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = content(saved)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("rxt_platform.model.files.save_file", full)  # a full disk can't be had here
+    with pytest.raises(ArtifactError, match=r"cannot be written: .*No space left"):
+        alpha(seed=1).save_pretrained(saved)
+    assert content(saved) == before
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_tensor_of_another_precision_is_named(saved: Path, dtype: torch.dtype) -> None:
+    tensors = load_file(saved / "model.safetensors")
+    tensors["decoder.head.bias"] = tensors["decoder.head.bias"].to(dtype)
+    save_file(tensors, saved / "model.safetensors")
+    with pytest.raises(ArtifactError, match=r"decoder\.head\.bias"):
+        RxTAlpha.from_pretrained(saved)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int8, "bfloat16"])
+def test_a_precision_that_a_model_can_t_have_is_refused(saved: Path, dtype: Any) -> None:
+    with pytest.raises(ArtifactError, match=r"dtype .*: one of torch.float32"):
+        RxTAlpha.from_pretrained(saved, dtype=dtype)
+
+
+def test_options_that_nobody_knows_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="safe_serialisation"):
+        alpha().save_pretrained(tmp_path / "saved", safe_serialisation=True)
+
+
+def test_a_tokenizer_file_with_padding_truncation_and_no_decoder_reads_as_ours(saved: Path) -> None:
+    path = saved / "tokenizer.json"
+    raw = json.loads(path.read_text())
+    ours = RxtTokenizer.load(path)
+    raw["decoder"] = None
+    raw["padding"] = {
+        "strategy": {"Fixed": 40},
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": 0,
+        "pad_type_id": 0,
+        "pad_token": "[PAD]",
+    }
+    raw["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+    path.write_text(json.dumps(raw))
+    text = "Tom has a red hat and plays near the lake."
+    ids = RxtTokenizer.load(path).encode(text)
+    assert ids == ours.encode(text)
+    assert RxtTokenizer.load(path).decode(ids) == text
