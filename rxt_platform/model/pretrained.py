@@ -95,8 +95,9 @@ class PretrainedModel(nn.Module, ModelHubMixin):
         model_card_kwargs: dict[str, Any] | None = None,
         **push_to_hub_kwargs: Any,
     ) -> str | None:
-        """Write `config.json`, `model.safetensors`, `tokenizer.json`, the figures and a card: all of them, or none.
+        """Write `config.json`, `model.safetensors`, `tokenizer.json`, the figures and a card.
 
+        All are written before the first is put in its place, so that a save that fails leaves an earlier model whole.
         `push_to_hub` shares the model too, with Hugging Face's options (`config` and `model_card_kwargs`, which their
         interface has, change nothing). In the directory, a card that was written by hand stays as it is. Raises
         RxtError without a tokenizer and for a run's folder or artifact.
