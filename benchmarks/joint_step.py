@@ -30,7 +30,9 @@ from torch import Tensor, nn
 
 from rxt_platform.config.loading import load_preset, preset_names
 from rxt_platform.config.stages import JointPretrainingConfig, OptimizerConfig
-from rxt_platform.data.batches import Batch, BatchSampler, Example
+from rxt_platform.data.batches import Batch
+from rxt_platform.data.examples import Example
+from rxt_platform.data.sampler import BatchSampler, Sampling
 from rxt_platform.data.tokenizer import BOS, SPECIAL_TOKENS
 from rxt_platform.model import heads
 from rxt_platform.model.parameters import component_of, decode_flops
@@ -50,7 +52,9 @@ def joint_stage(model: ReactiveTransformer, rows: int, seed: int) -> JointStage:
     settings = JointPretrainingConfig(
         kind="joint_pretraining", epochs=1, global_batch_size=rows, optimizer=OptimizerConfig(learning_rate=1e-4)
     )
-    return JointStage(settings, BatchSampler(examples, rows, seed, settings.loss.mask_probability))
+    return JointStage(
+        settings, BatchSampler(examples, Sampling(rows, seed, mask_probability=settings.loss.mask_probability))
+    )
 
 
 def forward_flops(model: ReactiveTransformer, batch: Batch) -> int:

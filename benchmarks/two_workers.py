@@ -14,8 +14,9 @@ import tempfile
 from pathlib import Path
 
 from rxt_platform.config.loading import load_run
-from rxt_platform.orchestration.plan import build_plan
-from rxt_platform.orchestration.steps import prepare, stage_job
+from rxt_platform.orchestration.plan import PREPARED, build_plan
+from rxt_platform.orchestration.prepare import prepare
+from rxt_platform.orchestration.steps import stage_job
 
 CONFIG = Path(__file__).parents[1] / "pipelines/configs/quickstart.yaml"
 LARGEST = 1e-5
@@ -34,9 +35,9 @@ def losses(workers: int) -> dict[str, list[float]]:
     with tempfile.TemporaryDirectory() as folder:
         config = load_run(CONFIG, [*OVERRIDES, f"storage={folder}"])
         plan = build_plan(config)
-        prepare(config, plan)
+        prepare(config, plan, lambda: None)
         found = {}
-        for step in plan[2:-1]:
+        for step in plan[len(PREPARED) : -1]:
             job = Path(folder) / f"{step.name}.json"
             job.write_text(stage_job(config, plan, step).model_dump_json())
             launcher = ["torch.distributed.run", "--nproc-per-node", str(workers), "-m"] if workers > 1 else []

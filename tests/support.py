@@ -13,8 +13,9 @@ from pathlib import Path
 from rxt_platform.config.loading import load_run
 from rxt_platform.config.run import RunConfig
 from rxt_platform.evaluation.report import Report
-from rxt_platform.orchestration.plan import build_plan
-from rxt_platform.orchestration.steps import prepare, stage_job
+from rxt_platform.orchestration.plan import PREPARED, build_plan
+from rxt_platform.orchestration.prepare import prepare
+from rxt_platform.orchestration.steps import stage_job
 from rxt_platform.training.job import StageJob
 
 ROOT = Path(__file__).parents[1]
@@ -33,7 +34,10 @@ SMALL = [
     "evaluation.samples=1",
     "training.checkpoint_every=3",
     "training.log_every=1",
-    *(f"stages.{name}.global_batch_size=16" for name in ("pretraining", "sft", "memory_pretraining", "memory_aware")),
+    "stages.pretraining.packing=1",
+    "stages.pretraining.global_batch_size=8",
+    *(f"stages.{name}.global_batch_size=16" for name in ("sft", "memory_pretraining", "memory_aware")),
+    *(f"stages.{name}.bucket_batches=4" for name in ("sft", "memory_pretraining", "memory_aware")),
     *(f"stages.{name}.epochs=1" for name in ("pretraining", "sft", "memory_pretraining", "memory_aware")),
     "stages.memory_aware.curriculum=[{turns: 2, epochs: 0.3}]",
     "stages.memory_aware.unfreeze_memory_attention=0.2",
@@ -106,15 +110,20 @@ class Jobs:
 
 
 def make_jobs(folder: Path, *overrides: str) -> Jobs:
-    """The small run's jobs, with corpus and tokenizer made."""
+    """The small run's jobs, with corpus, tokenizer and tokens made."""
     return make_jobs_of(small_run(folder, *overrides), folder)
 
 
 def make_jobs_of(config: RunConfig, folder: Path) -> Jobs:
-    """The jobs of a run, with corpus and tokenizer made."""
+    """The jobs of a run, with corpus, tokenizer and tokens made."""
     plan = build_plan(config)
-    prepare(config, plan)
-    return Jobs(config, {step.name: stage_job(config, plan, step) for step in plan[2:-1]}, folder)
+    prepare(config, plan, no_ray)
+    return Jobs(config, {step.name: stage_job(config, plan, step) for step in plan[len(PREPARED) : -1]}, folder)
+
+
+def no_ray() -> None:
+    """Stands for connecting to Ray where nothing is large enough to need it."""
+    raise AssertionError("a small corpus needs no Ray")
 
 
 def driver_command(storage: Path, *overrides: str) -> list[str]:

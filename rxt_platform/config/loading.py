@@ -26,7 +26,7 @@ def load_run(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     try:
         return RunConfig.model_validate(raw)
     except ValidationError as error:
-        raise ConfigError(f"{path}: {describe(error, RunConfig)}") from None
+        raise ConfigError(f"{path}: {describe(error, RunConfig, raw)}") from None
 
 
 def preset_names() -> list[str]:
@@ -40,8 +40,8 @@ def load_preset(name: str) -> ModelConfig:
     return ModelConfig.model_validate(_preset(name))
 
 
-def describe(error: ValidationError, model: type[BaseModel]) -> str:
-    """All errors of a validation in one line, unknown keys first, each with the nearest valid keys."""
+def describe(error: ValidationError, model: type[BaseModel], raw: Any = None) -> str:
+    """All errors of a validation of `raw` in one line, unknown keys first, each with the nearest valid keys."""
     found = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     lines = []
     for item in found[:3]:
@@ -49,16 +49,16 @@ def describe(error: ValidationError, model: type[BaseModel]) -> str:
         if item["type"] == "extra_forbidden":
             keys = _valid_keys(model, loc[:-1])
             near = difflib.get_close_matches(str(loc[-1]), keys, n=3, cutoff=0.5) or keys
-            lines.append(f"unknown key '{_key(model, loc)}'; nearest valid: {', '.join(near)}")
+            lines.append(f"unknown key '{_key(model, loc, raw)}'; nearest valid: {', '.join(near)}")
         elif item["type"] == "union_tag_invalid":
-            lines.append(f"{_key(model, loc)}: kind {item['ctx']['tag']!r} is none of {item['ctx']['expected_tags']}")
+            lines.append(f"{_key(model, loc, raw)}: kind {item['ctx']['tag']!r} is none of {item['ctx']['expected_tags']}")
         elif item["type"] == "union_tag_not_found":
-            lines.append(f"{_key(model, loc)}: missing key 'kind' (is the name a typo?)")
+            lines.append(f"{_key(model, loc, raw)}: missing key 'kind' (is the name a typo?)")
         elif item["type"] == "missing":
-            lines.append(f"missing key '{_key(model, loc)}'")
+            lines.append(f"missing key '{_key(model, loc, raw)}'")
         else:
             message = item["msg"].removeprefix("Value error, ")
-            lines.append(f"{_key(model, loc)}: {message}" if loc else message)
+            lines.append(f"{_key(model, loc, raw)}: {message}" if loc else message)
     more = f" (and {len(found) - 3} more)" if len(found) > 3 else ""
     return "; ".join(lines) + more
 
@@ -190,5 +190,16 @@ def _valid_keys(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]
     return ["preset", *keys] if at is ModelConfig else keys
 
 
-def _key(model: type[BaseModel], loc: tuple[int | str, ...]) -> str:
-    return ".".join(part for part in _walk(model, loc)[1] if part != "[key]")
+def _key(model: type[BaseModel], loc: tuple[int | str, ...], raw: Any) -> str:
+    """The user's path to an error. What may be one thing or a list of them has no index where the user wrote one."""
+    path = []
+    at = raw
+    for part in _walk(model, loc)[1]:
+        if part == "[key]" or (part.isdecimal() and not isinstance(at, list | None)):
+            continue
+        path.append(part)
+        if isinstance(at, list):
+            at = at[int(part)] if part.isdecimal() and int(part) < len(at) else None
+        else:
+            at = at.get(part) if isinstance(at, dict) else None
+    return ".".join(path)

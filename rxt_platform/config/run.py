@@ -1,62 +1,19 @@
 """A whole run: data, model, stages, resources, tracking. One YAML file becomes one RunConfig."""
 
 import re
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
 from rxt_platform.config.base import Spec
+from rxt_platform.config.data import DataConfig
 from rxt_platform.config.model import ModelConfig
 from rxt_platform.config.stages import StageConfig
 
 _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_.-]*")
 _SMALLEST_VOCABULARY = 267
 _SHARED_FOLDERS = {"artifacts", "work", "mlartifacts", "mlflow.db"}
-_OTHER_STEPS = {"corpus", "tokenizer", "evaluation"}
-
-
-class StoryWorldSource(Spec):
-    """The embedded data: short stories and conversations, made from a seed."""
-
-    kind: Literal["story_world"]
-    seed: int = 0
-    train_rows: int = Field(gt=0)
-    validation_rows: int = Field(gt=0)
-    turns: list[Annotated[int, Field(ge=2, le=16)]] = Field(
-        [2, 4], min_length=1, description="turns of a conversation; rows take these lengths in turn"
-    )
-
-
-class TextFileSource(Spec):
-    """Plain text, documents parted by a separator line. An unterminated last document is dropped and counted."""
-
-    kind: Literal["text"]
-    path: str
-    separator: str = Field("<|endoftext|>", min_length=1)
-    validation_share: float = Field(0.05, gt=0, lt=1, description="share of the documents, taken from the end")
-    max_rows: int | None = Field(None, gt=0, description="use only the first rows")
-
-
-class JsonlSource(Spec):
-    """JSON lines in the published layouts: `{query, answer}` or `{query, answer, interactions: [...]}`."""
-
-    kind: Literal["jsonl"]
-    path: str
-    validation_path: str
-    max_turns: int | None = Field(None, ge=2, description="cut longer conversations to their first turns")
-
-
-TextSource = Annotated[StoryWorldSource | TextFileSource, Field(discriminator="kind")]
-ConversationSource = Annotated[StoryWorldSource | JsonlSource, Field(discriminator="kind")]
-
-
-class DataConfig(Spec):
-    """Where each kind of rows comes from. Relative paths are relative to `root`."""
-
-    root: str = "."
-    texts: TextSource
-    interactions: ConversationSource
-    conversations: ConversationSource
+_OTHER_STEPS = {"corpus", "tokenizer", "tokens", "evaluation"}
 
 
 class ResourcesConfig(Spec):
@@ -136,6 +93,13 @@ class RunConfig(Spec):
                     f"stages.{name}.start_from: only the first stage can start from another model (the run takes over "
                     "its tokenizer); leave out the stages before"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _stages_have_rows(self) -> Self:
+        for name, stage in self.stages.items():
+            if getattr(self.data, stage.section) is None:
+                raise ValueError(f"stages.{name} trains on {stage.section}: name a source as data.{stage.section}")
         return self
 
     @model_validator(mode="after")

@@ -1,10 +1,11 @@
 """What a training stage is told: one class for each kind, each with its own optimisation settings (REF section 3)."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from rxt_platform.config.base import Spec
+from rxt_platform.config.data import Section
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -34,9 +35,14 @@ class OptimizerConfig(Spec):
 class StageBase(Spec):
     """What every stage has."""
 
+    section: ClassVar[Section]  # of the corpus that it trains on
+
     epochs: float = Field(gt=0, description="passes over the stage's rows; fractions are allowed")
     global_batch_size: int = Field(gt=0, description="rows of one optimizer step, over all workers")
     micro_batch_size: int | None = Field(None, gt=0, description="rows of one forward on one worker; all if not given")
+    bucket_batches: int = Field(
+        16, gt=0, description="steps whose rows are sorted by length together, to save padding; 1 leaves them as drawn"
+    )
     optimizer: OptimizerConfig
     start_from: StartFrom | None = None
 
@@ -58,12 +64,22 @@ class JointLossConfig(Spec):
 class JointPretrainingConfig(StageBase):
     """Stage 1: joint language-model pre-training on texts."""
 
+    section: ClassVar[Section] = "texts"
+
     kind: Literal["joint_pretraining"]
+    packing: int = Field(
+        2,
+        ge=0,
+        description="windows of the model that a row is long, filled with texts that don't see each other; 0: one text a "
+        "row, in length buckets, which a CPU computes faster",
+    )
     loss: JointLossConfig = JointLossConfig()
 
 
 class InteractionSFTConfig(StageBase):
     """Stage 2: joint supervised fine-tuning on single interactions; the decoder's loss counts answers only."""
+
+    section: ClassVar[Section] = "interactions"
 
     kind: Literal["interaction_sft"]
     loss: JointLossConfig = JointLossConfig()
@@ -85,6 +101,8 @@ class LabelWeights(Spec):
 class MemoryPretrainingConfig(StageBase):
     """Stage 3: memory attention learns to hold what the (frozen) encoder says; negative cosine to mixed targets."""
 
+    section: ClassVar[Section] = "conversations"
+
     kind: Literal["memory_pretraining"]
     label_weights: LabelWeights = LabelWeights()
     input_noise: float = Field(0.0, ge=0, description="standard deviation of the noise on the encoder states")
@@ -100,6 +118,8 @@ class Lesson(Spec):
 
 class MemoryAwareConfig(StageBase):
     """Stage 4: whole conversations in one forward, gradient through the memory writes (REF 3.4, DESIGN 4)."""
+
+    section: ClassVar[Section] = "conversations"
 
     kind: Literal["memory_aware"]
     bptt_window: Annotated[int, Field(gt=0)] | Literal["all"] = Field(

@@ -1,56 +1,27 @@
-"""Batches: which rows a step trains on, padded into tensors, identical however many workers share them.
+"""Batches: rows as padded tensors, identical however many workers share them.
 
 Every rank forms the whole global batch and takes its part, so the numbers that normalise a loss (`totals`) are known
-everywhere without communication, and all randomness comes from a row's own seed. A step's batch is a function of
-(seed, step): resuming needs no sampler state.
+everywhere without communication, and all randomness comes from a row's own seed.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import accumulate
-from typing import Self
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rxt_platform.data.tokenizer import BOS, EOS, PAD, SPECIAL_TOKENS, EncodedInteraction, RxtTokenizer
-from rxt_platform.errors import DataError
-
-
-@dataclass(frozen=True)
-class Example:
-    """One row as token ids: its turns (one for a text or a single interaction) and where each turn's targets start."""
-
-    turns: tuple[tuple[int, ...], ...]
-    target_starts: tuple[int, ...]
-    truncated: int = 0  # turns whose answer was cut at the window
-
-    @classmethod
-    def from_interactions(cls, interactions: Sequence[EncodedInteraction]) -> Self:
-        """A conversation whose targets are the answers, `[EOS]` included (DESIGN 2)."""
-        return cls(
-            tuple(turn.ids for turn in interactions),
-            tuple(turn.answer_start for turn in interactions),
-            sum(turn.truncated for turn in interactions),
-        )
-
-    def first_turns(self, turns: int | None) -> "Example":
-        """The example cut to its first `turns` turns."""
-        return self if turns is None else Example(self.turns[:turns], self.target_starts[:turns])
-
-
-def text_examples(text: str, tokenizer: RxtTokenizer, max_length: int) -> list[Example]:
-    """`[BOS]text[EOS]` cut into windows of `max_length` tokens; every real token is a target (DESIGN 2)."""
-    ids = [BOS, *tokenizer.encode(text), EOS]
-    windows = [tuple(ids[start : start + max_length]) for start in range(0, len(ids), max_length)]
-    return [Example((window,), (1,)) for window in windows if len(window) > 1]
+from rxt_platform.data.examples import Example
+from rxt_platform.data.tokenizer import PAD, SPECIAL_TOKENS
 
 
 @dataclass(frozen=True)
 class Batch:
     """Rows of one step. B rows, N turns, T tokens; absent turns are one unmasked `[PAD]` (`turns` False).
+
+    A packed row holds several texts, one after the other, in its only turn.
 
     ids      int64 [B, N, T], right-padded
     mask     bool  [B, N, T], True at real tokens
@@ -59,7 +30,9 @@ class Batch:
     seeds    int64 [B], each row's own randomness at this step
     rows     int64 [B], index of the row in its data set
     hidden   bool  [B, N, T], tokens that the masked encoder must guess, or all False
-    total_*  numbers over the whole global batch, whatever part of it this is
+    documents  int64 [B, T] of packed rows: a token's text, counted from 0 in each row, -1 at padding; else None
+    most_documents  texts of the fullest packed row of the global batch
+    total_*  numbers over the whole global batch, whatever part of it this is; a text is a row, or one of a packed row
     turn_lengths  longest interaction of each turn in the global batch, in tokens
     """
 
@@ -70,7 +43,10 @@ class Batch:
     seeds: Tensor
     rows: Tensor
     hidden: Tensor
+    documents: Tensor | None
+    most_documents: int
     total_rows: int
+    total_texts: int
     total_targets: int
     total_hidden: int
     total_turns: int
@@ -82,12 +58,50 @@ class Batch:
         return self.total_turns - self.total_rows
 
     def part(self, start: int, stop: int) -> "Batch":
-        """Rows start..stop of this batch; the totals stay those of the global batch."""
-        return replace(self, **{name: getattr(self, name)[start:stop] for name in _tensor_names()})
+        """Rows start..stop of this batch, cut to their longest; totals and `turn_lengths` stay the global ones."""
+        longest = int(self.mask[start:stop].sum(dim=-1).max())
+        parts = {name: value[start:stop] for name, value in self._tensors()}
+        for name in ("ids", "mask", "targets", "hidden", "documents"):
+            if name in parts:
+                parts[name] = parts[name][..., :longest]
+        return replace(self, **parts)
+
+    def shares(self, rank: int, world: int, micro: int) -> Iterator["Batch"]:
+        """The micro-batches of one of `world` workers, `micro` rows each.
+
+        Neighbouring rows are of similar length: of each `world * micro` of them every worker takes its part, so that
+        all have about the same to do at the same time.
+        """
+        for start in range(rank * micro, len(self.rows), world * micro):
+            yield self.part(start, start + micro)
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on a device."""
-        return replace(self, **{name: getattr(self, name).to(device) for name in _tensor_names()})
+        return replace(self, **{name: value.to(device) for name, value in self._tensors()})
+
+    def digests(self) -> list[str]:
+        """A hash of what each row trains on: ids, targets, hidden tokens, seed. Padding does not count."""
+        made = []
+        for b in range(len(self.rows)):
+            digest = hashlib.blake2b(digest_size=16)
+            real = self.mask[b] & self.turns[b][:, None]
+            for value in (self.ids, self.targets, self.hidden):
+                digest.update(value[b][real].numpy().tobytes())
+            digest.update(real.sum(dim=-1).numpy().tobytes())
+            if self.documents is not None:
+                digest.update(self.documents[b][real[0]].numpy().tobytes())
+            digest.update(self.seeds[b].numpy().tobytes() + self.rows[b].numpy().tobytes())
+            made.append(digest.hexdigest())
+        return made
+
+    @property
+    def real_share(self) -> float:
+        """Real tokens over all positions that the tensors hold."""
+        return self.tokens / self.mask.numel()
+
+    def _tensors(self) -> list[tuple[str, Any]]:
+        values = ((field.name, getattr(self, field.name)) for field in fields(self))
+        return [(name, value) for name, value in values if isinstance(value, Tensor)]
 
     @property
     def tokens(self) -> int:
@@ -95,65 +109,24 @@ class Batch:
         return int((self.mask & self.turns.unsqueeze(-1)).sum())
 
 
-def _tensor_names() -> list[str]:
-    return [field.name for field in fields(Batch) if field.type is Tensor or field.type == "Tensor"]
-
-
-class BatchSampler:
-    """The rows of every step: epochs are permutations by (seed, epoch), batches run on across their ends.
-
-    `lessons` are (epochs, turns): conversations are cut to `turns` for that long, one lesson after the other.
-    """
-
-    def __init__(
-        self,
-        examples: Sequence[Example],
-        global_batch_size: int,
-        seed: int,
-        mask_probability: float = 0.0,
-        lessons: Sequence[tuple[float, int]] = (),
-    ) -> None:
-        if not examples:
-            raise DataError("no rows to train on")
-        self.examples = examples
-        self.global_batch_size = global_batch_size
-        self.seed = seed
-        self.mask_probability = mask_probability
-        ends = accumulate(epochs for epochs, _ in lessons)
-        self._lessons = [(self.steps(end), turns) for end, (_, turns) in zip(ends, lessons, strict=True)]
-        self._epoch = -1
-        self._permutation = np.empty(0, dtype=np.int64)
-
-    def steps(self, epochs: float) -> int:
-        """Steps that `epochs` passes over the rows take (at least one)."""
-        return max(1, round(epochs * len(self.examples) / self.global_batch_size))
-
-    def _row(self, position: int) -> int:
-        epoch, offset = divmod(position, len(self.examples))
-        if epoch != self._epoch:
-            self._epoch = epoch
-            self._permutation = np.random.default_rng([self.seed, 1, epoch]).permutation(len(self.examples))
-        return int(self._permutation[offset])
-
-    def global_batch(self, step: int) -> Batch:
-        """The whole batch of a step (counted from 0)."""
-        first = step * self.global_batch_size
-        rows = [self._row(first + i) for i in range(self.global_batch_size)]
-        seeds = [derive_seed(self.seed, step, i) for i in range(self.global_batch_size)]
-        turns = next((turns for end, turns in self._lessons if step < end), None)
-        examples = [self.examples[row].first_turns(turns) for row in rows]
-        return collate(examples, seeds, rows, self.mask_probability)
-
-
 def collate(
-    examples: Sequence[Example], seeds: Sequence[int], rows: Sequence[int], mask_probability: float = 0.0
+    examples: Sequence[Example],
+    seeds: Sequence[int],
+    rows: Sequence[int],
+    mask_probability: float = 0.0,
+    documents: Sequence[int] | None = None,
 ) -> Batch:
-    """Pad rows into a `Batch`; with a `mask_probability`, choose the tokens that the masked encoder must guess."""
+    """Pad rows into a `Batch`; with a `mask_probability`, choose the tokens that the masked encoder must guess.
+
+    Of packed rows, `documents` says how many of the `examples` (of one turn each) each row takes.
+    """
+    if documents is not None:
+        return _collate_packed(examples, seeds, rows, mask_probability, documents)
     turns = max(len(example.turns) for example in examples)
     length = max(len(turn) for example in examples for turn in example.turns)
     shape = (len(examples), turns, length)
     ids = np.full(shape, PAD, dtype=np.int64)
-    mask, targets, hidden = (np.zeros(shape, dtype=bool) for _ in range(3))
+    mask, targets = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=bool)
     present = np.zeros(shape[:2], dtype=bool)
     mask[:, :, 0] = True  # an absent turn keeps one readable position, so that no attention row is empty
     for b, example in enumerate(examples):
@@ -162,8 +135,53 @@ def collate(
             mask[b, n, : len(turn)] = True
             targets[b, n, start : len(turn)] = True
             present[b, n] = True
-        if mask_probability:
-            hidden[b] = _hide(mask[b] & present[b][:, None], ids[b], seeds[b], mask_probability)
+    return _batch(ids, mask, targets, present, seeds, rows, mask_probability)
+
+
+def _collate_packed(
+    examples: Sequence[Example],
+    seeds: Sequence[int],
+    rows: Sequence[int],
+    mask_probability: float,
+    documents: Sequence[int],
+) -> Batch:
+    """Rows of several texts."""
+    ends = np.cumsum(documents)
+    texts = [example.turns[0] for example in examples]
+    length = max(sum(map(len, texts[end - count : end])) for count, end in zip(documents, ends, strict=True))
+    shape = (len(documents), 1, length)
+    ids = np.full(shape, PAD, dtype=np.int64)
+    number = np.full((len(documents), length), -1, dtype=np.int64)
+    targets = np.zeros(shape, dtype=bool)
+    for b, (count, end) in enumerate(zip(documents, ends.tolist(), strict=True)):
+        at = 0
+        for document in range(count):
+            example = examples[end - count + document]
+            text, stop = example.turns[0], at + len(example.turns[0])
+            ids[b, 0, at:stop] = text
+            number[b, at:stop] = document
+            targets[b, 0, at + example.target_starts[0] : stop] = True
+            at = stop
+    mask = (number >= 0)[:, None]
+    present = np.ones(shape[:2], dtype=bool)
+    return _batch(ids, mask, targets, present, seeds, rows, mask_probability, number, documents)
+
+
+def _batch(
+    ids: np.ndarray,
+    mask: np.ndarray,
+    targets: np.ndarray,
+    present: np.ndarray,
+    seeds: Sequence[int],
+    rows: Sequence[int],
+    mask_probability: float,
+    number: np.ndarray | None = None,
+    documents: Sequence[int] = (),
+) -> Batch:
+    hidden = np.zeros_like(mask)
+    if mask_probability:
+        for b, seed in enumerate(seeds):
+            hidden[b] = _hide(mask[b] & present[b][:, None], ids[b], seed, mask_probability)
     return Batch(
         ids=torch.from_numpy(ids),
         mask=torch.from_numpy(mask),
@@ -172,7 +190,10 @@ def collate(
         seeds=torch.tensor(seeds, dtype=torch.int64),
         rows=torch.tensor(rows, dtype=torch.int64),
         hidden=torch.from_numpy(hidden),
-        total_rows=len(examples),
+        documents=None if number is None else torch.from_numpy(number),
+        most_documents=max(documents, default=1),
+        total_rows=len(ids),
+        total_texts=sum(documents) if documents else len(ids),
         total_targets=int(targets.sum()),
         total_hidden=int(hidden.sum()),
         total_turns=int(present.sum()),

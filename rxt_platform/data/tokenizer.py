@@ -1,35 +1,50 @@
-"""Byte-level BPE with the special tokens and the interaction template of REF section 5.
+"""Byte-level BPE with the special tokens and the interaction templates of REF section 5.
 
-An interaction is `[BOS][Q]query[A]answer[EOS]`. Text is encoded with one space put before it, so that a word has the
-same token at the start of a message as inside one; decoding takes exactly that space away, so any text survives.
-Special tokens that a user types are encoded as ordinary text.
+An interaction is `[BOS][Q]query[A]answer[EOS]`; a hybrid one (REF 3, 4b)
+`[BOS]([I]internal)([Q]query | [U]tool result)([T]think)([A]answer)([C]tool call)[EOS]`. Text is encoded with one space put
+before it, so that a word has the same token at the start of a message as inside one; decoding takes exactly that space
+away, so any text survives. Special tokens that a user types are encoded as ordinary text.
 """
 
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from rxt_platform.data.rows import Interaction
 from rxt_platform.errors import ArtifactError, DataError
 
 logger = logging.getLogger(__name__)
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[BOS]", "[EOS]", "[MASK]", "[Q]", "[A]", "[T]", "[C]", "[U]", "[I]")
-PAD, UNK, BOS, EOS, MASK, QUERY, ANSWER = range(7)
+PAD, UNK, BOS, EOS, MASK, QUERY, ANSWER, THINK, CALL, TOOL, INTERNAL = range(11)
 _MARKER = re.compile(r"(\[[A-Z]+\])")
 
 
 @dataclass(frozen=True)
 class EncodedInteraction:
-    """Token ids of `[BOS][Q]query[A]answer[EOS]`; `answer_start` is the index of the first token after `[A]`."""
+    """Token ids of an interaction; `answer_start` is the index of the first token that the model has to say.
+
+    That is the one after `[A]`; in a hybrid interaction, where the model also decides whether it thinks first, the
+    marker after the query. `truncated` says that the answer lost its end (and `[EOS]`), `query_cut` that the query did.
+    """
 
     ids: tuple[int, ...]
     answer_start: int
     truncated: bool = False
+    query_cut: bool = False
+
+
+class TooLongError(DataError):
+    """A query that leaves no room for an answer; `reason` says so without the fix."""
+
+    def __init__(self, tokens: int, window: int) -> None:
+        self.reason = f"query of {tokens} tokens leaves no room for an answer in a window of {window}"
+        super().__init__(f"{self.reason}: shorten it, or ask for truncation")
 
 
 class RxtTokenizer:
@@ -44,13 +59,23 @@ class RxtTokenizer:
             self._tokenizer.decoder = decoders.ByteLevel()
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int) -> Self:
-        """Learn merges from `texts`. A small corpus may give fewer than `vocab_size` tokens."""
+    def train(cls, texts: Iterable[str], vocab_size: int, min_frequency: int = 2) -> Self:
+        """Learn merges of pairs that occur `min_frequency` times. A small corpus may give fewer than `vocab_size` tokens.
+
+        The file works in other programs too: there, one text becomes `[BOS]text[EOS]`, a pair
+        `[BOS][Q]query[A]answer[EOS]`, with the ids that stages and chat use.
+        """
         tokenizer = Tokenizer(models.BPE(unk_token=SPECIAL_TOKENS[UNK]))
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
         tokenizer.decoder = decoders.ByteLevel()
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="[BOS] $A [EOS]",
+            pair="[BOS] [Q] $A [A] $B [EOS]",
+            special_tokens=[(SPECIAL_TOKENS[i], i) for i in (BOS, EOS, QUERY, ANSWER)],
+        )
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
+            min_frequency=min_frequency,
             special_tokens=list(SPECIAL_TOKENS),
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,
@@ -90,6 +115,11 @@ class RxtTokenizer:
             ) from None
         return list(self._tokenizer.encode(" " + text, add_special_tokens=False).ids)
 
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of many texts, on all threads that `TOKENIZERS_PARALLELISM` allows."""
+        encoded = self._tokenizer.encode_batch_fast([" " + text for text in texts], add_special_tokens=False)
+        return [one.ids for one in encoded]
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; special tokens are left out."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True)).removeprefix(" ")
@@ -109,10 +139,7 @@ class RxtTokenizer:
         ids = self.encode(query)
         if max_length is not None and len(ids) + 3 >= max_length:
             if not truncate or max_length < 5:
-                raise DataError(
-                    f"query of {len(ids)} tokens leaves no room for an answer in a window of {max_length}: shorten it, "
-                    "or ask for truncation"
-                )
+                raise TooLongError(len(ids), max_length)
             kept = max(1, max_length - 3 - max(1, max_length // 4))
             logger.warning("query cut from %d to %d tokens: the window holds %d", len(ids), kept, max_length)
             ids = ids[:kept]
@@ -138,9 +165,54 @@ class RxtTokenizer:
 
         Raises DataError when the query leaves no room for an answer.
         """
-        start = self.encode_query(query, max_length)
-        ids = [*start, *self.encode(answer), EOS]
-        return EncodedInteraction(tuple(ids[:max_length]), len(start), truncated=len(ids) > max_length)
+        if not query.strip():
+            raise DataError("empty query: there is nothing to answer")
+        turn = Interaction(query, answer)
+        return assemble(turn, [self.encode(text) for text in interaction_texts(turn)], max_length)
+
+
+def interaction_texts(turn: Interaction) -> list[str]:
+    """The texts of an interaction in the order in which `assemble` takes their ids."""
+    return [text for _, text in _reply(turn) + _said(turn)]
+
+
+def assemble(
+    turn: Interaction, encoded: Sequence[Sequence[int]], max_length: int, cut_query: bool = False
+) -> EncodedInteraction:
+    """An interaction of at most `max_length` tokens from its texts' ids (`interaction_texts`).
+
+    What does not fit is cut off at the answer's end, without `[EOS]`. A query that leaves no room for an answer raises
+    TooLongError, or with `cut_query` loses its end so that a quarter of the window is left.
+    """
+    reply, said = _reply(turn), _said(turn)
+    replies, before = encoded[: len(reply)], encoded[len(reply) :]
+    prompt = [BOS]
+    for (marker, _), ids in zip(said, before, strict=True):
+        prompt += [marker, *ids]
+    opening = [] if turn.hybrid else [ANSWER]
+    query_cut = len(prompt) + len(opening) >= max_length
+    if query_cut:
+        if not cut_query or max_length < 5:
+            raise TooLongError(len(prompt) - 1 - len(said), max_length)
+        prompt = prompt[: max(3, max_length - len(opening) - max(1, max_length // 4))]
+    prompt += opening
+    ids = list(prompt)
+    for (marker, _), text_ids in zip(reply, replies, strict=True):
+        ids += [marker, *text_ids] if turn.hybrid else text_ids
+    ids.append(EOS)
+    return EncodedInteraction(tuple(ids[:max_length]), len(prompt), len(ids) > max_length, query_cut)
+
+
+def _said(turn: Interaction) -> list[tuple[int, str]]:
+    """What comes before the reply: markers and texts."""
+    internal = [(INTERNAL, turn.internal)] if turn.internal else []
+    return [*internal, (TOOL if turn.from_tool else QUERY, turn.query)]
+
+
+def _reply(turn: Interaction) -> list[tuple[int, str]]:
+    """What the model says: markers and texts."""
+    parts = ((THINK, turn.think), (ANSWER, turn.answer), (CALL, turn.tool_call))
+    return [(marker, text) for marker, text in parts if text]
 
 
 class TextStream:

@@ -2,8 +2,8 @@
 
 Memory is teacher-forced: after each turn the reference answer is written, so that an early mistake does not hide what
 the memory can hold. `reset` means the initial memory in place of what was written. Recall is exact match: the answer,
-generated greedily, must contain the row's answer span as whole words; rows without a span must be answered with the
-reference answer. Case and punctuation don't count.
+generated greedily, must contain every answer span of the row as whole words; rows without spans must be answered with
+the reference answer. Case and punctuation don't count.
 """
 
 import math
@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from rxt_platform.data.batches import Batch, collate, derive_seed
-from rxt_platform.data.corpus import encode_conversation
-from rxt_platform.data.rows import Conversation
+from rxt_platform.data.examples import Example, RowEncoder, TooLong
+from rxt_platform.data.rows import Conversation, RowError
 from rxt_platform.data.tokenizer import RxtTokenizer
+from rxt_platform.errors import DataError
 from rxt_platform.evaluation.recall import matches, recall_of
 from rxt_platform.model.generation import answer_batch
 from rxt_platform.model.loss import target_loss
@@ -31,11 +32,24 @@ AnswerTokens = dict[str, float]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `rxt eval` prints. Losses in nats per answer token (`[EOS]` included); recall by distance in turns."""
+    """What `rxt eval` prints. Losses in nats per answer token (`[EOS]` included); recall by distance in turns, and by
+    the task that the answer keys name (empty where no row carries keys).
+    """
 
     answer_tokens: AnswerTokens
     memory_reset: AnswerTokens
     recall: dict[str, dict[str, float]]
+    recall_by_task: dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """One question: what it took, and whether it was answered right."""
+
+    distance: int
+    task: str | None
+    with_memory: bool
+    reset: bool
 
 
 @torch.no_grad()
@@ -45,17 +59,19 @@ def evaluate_conversations(
     talks: Sequence[Conversation],
     seed: int = 0,
     batch_size: int = 50,
+    too_long: TooLong = "truncate",
 ) -> Evaluation:
-    """Measure a model on conversations. Raises DataError when a query fills the model's window."""
+    """Measure a model on conversations.
+
+    What does not fit the model's window is cut; with `too_long` "quarantine" such a conversation is left out, with "fail"
+    it raises DataError, as does an input of which nothing is left.
+    """
     model.eval()
     with_memory, reset = _Sums(), _Sums()
     annotated = any(item.recall for talk in talks for item in talk.interactions)
     window = model.config.max_length
-    encoded = [
-        encode_conversation(talk, tokenizer, window, f"conversation {number}")
-        for number, talk in enumerate(talks, start=1)
-    ]
-    asked: dict[int, list[tuple[bool, bool]]] = defaultdict(list)
+    talks, encoded = _fitting(talks, RowEncoder(tokenizer, window, too_long))
+    outcomes: list[_Outcome] = []
     for start in range(0, len(talks), batch_size):
         group = talks[start : start + batch_size]
         examples = encoded[start : start + batch_size]
@@ -65,11 +81,34 @@ def evaluate_conversations(
         for turn in range(batch.ids.shape[1]):
             with_memory.add(model, batch, turn, memory)
             reset.add(model, batch, turn, initial)
-            for distance, *outcome in _ask(model, tokenizer, group, turn, memory, initial, annotated):
-                asked[distance].append((bool(outcome[0]), bool(outcome[1])))
+            outcomes += _ask(model, tokenizer, group, examples, turn, memory, initial, annotated)
             memory = write_turn(model, batch, turn, memory)
-    recall = {str(distance): recall_of(asked[distance]) for distance in sorted(asked)}
-    return Evaluation(with_memory.metrics(), reset.metrics(), recall)
+    by_distance: dict[int, list[tuple[bool, bool]]] = defaultdict(list)
+    by_task: dict[str, list[tuple[bool, bool]]] = defaultdict(list)
+    for outcome in outcomes:
+        by_distance[outcome.distance].append((outcome.with_memory, outcome.reset))
+        if outcome.task is not None:
+            by_task[outcome.task].append((outcome.with_memory, outcome.reset))
+    return Evaluation(
+        with_memory.metrics(),
+        reset.metrics(),
+        {str(distance): recall_of(by_distance[distance]) for distance in sorted(by_distance)},
+        {task: recall_of(by_task[task]) for task in sorted(by_task)},
+    )
+
+
+def _fitting(talks: Sequence[Conversation], encoder: RowEncoder) -> tuple[list[Conversation], list[Example]]:
+    """The conversations that can be used, and their token ids."""
+    kept: list[tuple[Conversation, Example]] = []
+    for number, (talk, made) in enumerate(zip(talks, encoder.encode(talks), strict=True), start=1):
+        if isinstance(made, RowError):
+            if encoder.too_long == "fail":
+                raise DataError(f"conversation {number}: {made}: shorten it, or use a model with a longer window")
+            continue
+        kept.append((talk, made[0]))
+    if not kept:
+        raise DataError("no conversation fits the model's window: shorten them, or use a model with a longer window")
+    return [talk for talk, _ in kept], [example for _, example in kept]
 
 
 def write_turn(model: ReactiveTransformer, batch: Batch, turn: int, memory: Tensor) -> Tensor:
@@ -108,12 +147,13 @@ def _ask(
     model: ReactiveTransformer,
     tokenizer: RxtTokenizer,
     talks: Sequence[Conversation],
+    examples: Sequence[Example],
     turn: int,
     memory: Tensor,
     initial: Tensor,
     annotated: bool,
-) -> list[tuple[int, bool, bool]]:
-    """(distance, right with memory, right with memory reset) for each question of this turn.
+) -> list[_Outcome]:
+    """The outcome of each question of this turn.
 
     Where no row carries answer keys (not `annotated`), every follow-up asks for the first turn's text, so that its
     distance is the turn's index.
@@ -126,7 +166,7 @@ def _ask(
     if not questions:
         return []
     rows = torch.tensor([row for row, _ in questions], device=memory.device)
-    prompts = [tokenizer.encode_query(item.query) for _, item in questions]
+    prompts = [list(examples[row].turns[turn][: examples[row].target_starts[turn]]) for row, _ in questions]
     limits = [len(tokenizer.encode(item.answer)) + _SPARE_TOKENS for _, item in questions]
     answers = [
         [
@@ -137,7 +177,7 @@ def _ask(
     ]
     outcomes = []
     for (_, item), remembered, forgotten in zip(questions, *answers, strict=True):
-        span, distance = (item.recall.span, item.recall.distance) if item.recall else (None, turn)
-        right = [matches(answer, item.answer, span) for answer in (remembered, forgotten)]
-        outcomes.append((distance, right[0], right[1]))
+        key = item.recall
+        right = [matches(answer, item.answer, key and key.spans) for answer in (remembered, forgotten)]
+        outcomes.append(_Outcome(key.distance if key else turn, key and key.task, *right))
     return outcomes

@@ -12,7 +12,7 @@ def recall_of(outcomes: list[tuple[bool, bool]]) -> dict[str, float]:
 
 
 def mean_recall(recall: dict[str, dict[str, float]]) -> dict[str, float]:
-    """Recall over all questions of all distances, each question counted once."""
+    """Recall over all questions of all entries (by distance or task), each question counted once."""
     count = sum(entry["count"] for entry in recall.values())
     if not count:
         return {"with_memory": math.nan, "reset": math.nan, "gain": math.nan, "count": 0}
@@ -23,11 +23,11 @@ def mean_recall(recall: dict[str, dict[str, float]]) -> dict[str, float]:
     return {**means, "count": count}
 
 
-def matches(answer: str, reference: str, span: str | None) -> bool:
-    """Exact match of the asked fact (`span`, whole words anywhere in the answer) or of the whole answer."""
-    if span is None:
+def matches(answer: str, reference: str, spans: tuple[str, ...] | None) -> bool:
+    """Exact match of all asked facts (`spans`, whole words anywhere in the answer) or of the whole answer."""
+    if spans is None:
         return _words(answer) == _words(reference)
-    return f" {_words(span)} " in f" {_words(answer)} "
+    return all(f" {_words(span)} " in f" {_words(answer)} " for span in spans)
 
 
 def _words(text: str) -> str:

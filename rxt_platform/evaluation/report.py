@@ -8,16 +8,16 @@ import json
 import math
 import os
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rxt_platform.errors import ArtifactError
+from rxt_platform.evaluation.data_tables import data_note
 from rxt_platform.evaluation.recall import mean_recall
 from rxt_platform.evaluation.report_page import (
     COSINE_KIND,
     LOSS_NOTE,
-    Table,
     answer_table,
     draw_losses,
     draw_recall,
@@ -25,7 +25,9 @@ from rxt_platform.evaluation.report_page import (
     recall_table,
     render_html,
     stage_table,
+    task_tables,
 )
+from rxt_platform.tables import text_table
 
 __all__ = [
     "REPORT_FILES",
@@ -52,27 +54,28 @@ Report = dict[str, Any]
                         expert_load: {max, min} | None}]: the busiest and the idlest expert's share of held-out
                       tokens, as multiples of a fair one
     answer_tokens     {loss, perplexity, accuracy, count}, and memory_reset the same
-    recall            {distance in turns: {with_memory, reset, gain, count}}; recall_overall one such entry, of NaN
-                      when nothing was asked
-    corpus            {what: number}
+    recall            {distance in turns: {with_memory, reset, gain, count}}; recall_by_task {task: the same}, empty
+                      where no row carries answer keys; recall_overall one such entry, of NaN when nothing was asked
+    data              {validation: as `validation.json`, tokens: the parts of `tokens.json`, fertility: as
+                      `fertility.json`}
     samples           [[{query, reference, answer} for each turn] for each conversation]
 """
-
-_LABEL_WIDTH = 24  # a longer stage name is cut, which keeps every table within 100 columns
 
 
 def render_table(report: Report) -> str:
     """The report for a terminal, at most 100 columns (but the model's path is never cut)."""
     parts = [
         f"{report['name']} (seed {report['seed']}): stages, with held-out loss",
-        _text_table(stage_table(report)),
+        text_table(stage_table(report)),
     ]
     if any(stage["kind"] == COSINE_KIND for stage in report["stages"]):
         parts.append(LOSS_NOTE)
     parts += [
         "\nRecall of facts told in an earlier turn, held-out conversations",
-        _text_table(recall_table(report)),
-        "\n" + _text_table(answer_table(report)),
+        text_table(recall_table(report)),
+        *("\n" + text_table(table) for table in task_tables(report)),
+        "\n" + text_table(answer_table(report)),
+        *([f"\n{note}"] if (note := data_note(report["data"])) else []),
         f"\nTotal time: {duration(report['run_seconds'])}",
         f"Model: {report['model']}",
     ]
@@ -82,7 +85,7 @@ def render_table(report: Report) -> str:
 def render_evaluation(result: Mapping[str, Any]) -> str:
     """What `rxt eval` prints: answer tokens and recall of one model on one file."""
     rows = {**result, "recall_overall": mean_recall(result["recall"])}
-    return _text_table(answer_table(rows)) + "\n\n" + _text_table(recall_table(rows))
+    return "\n\n".join(text_table(table) for table in (answer_table(rows), recall_table(rows), *task_tables(rows)))
 
 
 def write_report(directory: Path, report: Report, histories: dict[str, list[dict[str, float]]]) -> None:
@@ -118,19 +121,3 @@ def _without_nan(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_without_nan(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _text_table(table: Table) -> str:
-    lines = [[_cut(cell) if index < table.labels else cell for index, cell in enumerate(row)] for row in table.rows]
-    widths = [max(map(len, column)) for column in zip(table.header, *lines, strict=True)]
-    ruled = [list(table.header), ["-" * width for width in widths], *lines]
-    return "\n".join(_text_row(row, widths, table.labels) for row in ruled)
-
-
-def _text_row(row: Sequence[str], widths: Sequence[int], labels: int) -> str:
-    cells = zip(row, widths, strict=True)
-    return "  ".join(cell.ljust(width) if i < labels else cell.rjust(width) for i, (cell, width) in enumerate(cells))
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= _LABEL_WIDTH else text[: _LABEL_WIDTH - 1] + "…"

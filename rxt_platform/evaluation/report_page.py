@@ -8,13 +8,15 @@ import base64
 import io
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from html import escape
 from typing import Any, TypeGuard
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from rxt_platform.evaluation.data_tables import data_tables
+from rxt_platform.tables import Table, html_table
 
 COSINE_KIND = "memory_pretraining"
 """The stage kind whose loss is a negative cosine; the others' are nats per token."""
@@ -26,15 +28,6 @@ _MEMORY_COLOUR, _RESET_COLOUR = "#0072B2", "#E69F00"
 _WIDTH, _DPI = 6.4, 180  # inches: small, so that the type is still readable when a phone shrinks the picture
 _MAX_BAR_LABELS = 8  # distances; with more, numbers above the bars would run into each other
 _DASH = "–"
-
-
-@dataclass(frozen=True)
-class Table:
-    """Cells ready to print. The first `labels` columns are text (left-aligned), the others numbers."""
-
-    header: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    labels: int = 1
 
 
 def stage_table(report: Mapping[str, Any]) -> Table:
@@ -55,11 +48,21 @@ def stage_table(report: Mapping[str, Any]) -> Table:
 def recall_table(report: Mapping[str, Any]) -> Table:
     """One row per distance, nearest first, and one over all questions."""
     named = [(_turns(distance), entry) for distance, entry in _by_distance(report)]
+    return _shares("distance", [*named, ("overall", report["recall_overall"])])
+
+
+def task_tables(report: Mapping[str, Any]) -> list[Table]:
+    """A table with one row per task; none where there are not several, because recall by distance then says it all."""
+    by_task = report["recall_by_task"]
+    return [_shares("task", list(by_task.items()))] if len(by_task) > 1 else []
+
+
+def _shares(kind: str, named: Sequence[tuple[str, Mapping[str, Any]]]) -> Table:
     rows = [
         [label, percent(entry["with_memory"]), percent(entry["reset"]), points(entry["gain"]), f"{entry['count']:,}"]
-        for label, entry in [*named, ("overall", report["recall_overall"])]
+        for label, entry in named
     ]
-    return Table(["distance", "with memory", "memory reset", "gain", "questions"], rows)
+    return Table([kind, "with memory", "memory reset", "gain", "questions"], rows)
 
 
 def answer_table(report: Mapping[str, Any]) -> Table:
@@ -149,14 +152,15 @@ def render_html(report: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str
     title = escape(f"{report['name']}: training report")
     shown = {
         "Recall by distance": _image(pictures["recall"], _recall_in_words(report))
-        + _html_table(recall_table(report))
-        + _html_table(answer_table(report)),
+        + html_table(recall_table(report))
+        + "".join(map(html_table, task_tables(report)))
+        + html_table(answer_table(report)),
         "Training": _image(pictures["losses"], "Training loss by step, one panel per stage.")
         + "<p>Held-out loss before and after each stage:</p>"
-        + _html_table(stage_table(report))
+        + html_table(stage_table(report))
         + f'<p class="note">{escape(_stage_note(report))}</p>',
         "Sampled conversations": _samples(report["samples"]),
-        "Corpus": f'<div class="pair">{_html_table(_facts("measure", report["corpus"]))}</div>',
+        "Data": "".join(map(html_table, data_tables(report["data"]))),
         "Steps and versions": _provenance(report),
     }
     sections = "\n".join(f"<section><h2>{name}</h2>{body}</section>" for name, body in shown.items())
@@ -207,8 +211,8 @@ def _provenance(report: Mapping[str, Any]) -> str:
     steps = Table(["step", "kind", "status", "artifact", "time"], rows, labels=4)
     return (
         f'<p>The model is in <code>{escape(report["model"])}</code>.</p><div class="pair">'
-        f"{_html_table(_facts('parameters', report['parameters']))}"
-        f"{_html_table(_facts('versions', report['versions']))}</div>{_html_table(steps)}"
+        f"{html_table(_facts('parameters', report['parameters']))}"
+        f"{html_table(_facts('versions', report['versions']))}</div>{html_table(steps)}"
     )
 
 
@@ -235,16 +239,6 @@ def _facts(title: str, values: Mapping[str, Any]) -> Table:
         for name, value in values.items()
     ]
     return Table([title, ""], rows)
-
-
-def _html_table(table: Table) -> str:
-    def cells(row: Sequence[str], tag: str) -> str:
-        kinds = ["" if index < table.labels else ' class="n"' for index in range(len(row))]
-        return "".join(f"<{tag}{kind}>{escape(cell)}</{tag}>" for kind, cell in zip(kinds, row, strict=True))
-
-    body = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in table.rows)
-    head = f"<thead><tr>{cells(table.header, 'th')}</tr></thead>"
-    return f'<div class="scroll"><table>{head}<tbody>{body}</tbody></table></div>'
 
 
 def _image(png: bytes, alt: str) -> str:

@@ -21,7 +21,8 @@ def sample_conversations(
         turns = []
         for item in talk.interactions:
             answer: list[int] = []
-            for event in interact(model, tokenizer.encode_query(item.query), memory, options):
+            prompt = tokenizer.encode_query(item.query, model.config.max_length, truncate=True)
+            for event in interact(model, prompt, memory, options):
                 if isinstance(event, Token):
                     answer.append(event.id)
                 elif isinstance(event, MemoryUpdated):

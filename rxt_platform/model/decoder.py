@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from rxt_platform.config.model import LayerKind, ModelConfig
 from rxt_platform.errors import ModelError
 from rxt_platform.model.attention import Attention, RotaryEmbedding
+from rxt_platform.model.documents import Documents
 from rxt_platform.model.feedforward import MixtureOfExperts, RealTokens, Routed, SwiGLU
 from rxt_platform.model.heads import VocabularyHead
 
@@ -68,17 +69,19 @@ class DecoderLayer(nn.Module):
         memory: Tensor | KeysValues | None,
         readable: Tensor | None = None,
         cache: KeysValues | None = None,
+        visible: Tensor | None = None,
     ) -> tuple[Tensor, Routed | None]:
         """Whole sequences [B, T, D] from position 0: the new states, and what the router did where there is one.
 
-        `memory` is the layer's slots [B, S, D] (`readable` [B, 1, 1, S]), or their keys and values, projected before;
-        `cache` keeps the keys and values of self-attention.
+        `memory` is the layer's slots [B, S, D] (`readable` [B, 1, 1 or T, S]), or their keys and values, projected
+        before; `cache` keeps the keys and values of self-attention; `visible` [B, 1, T, T] are the tokens that each may
+        read, all earlier ones if not given.
         """
         normed = self.self_norm(x)
         key, value = self.self_attention.keys_values(normed, rotary)
         if cache is not None:
             cache[0][:, :, : x.shape[1]], cache[1][:, :, : x.shape[1]] = key, value
-        x = x + self.self_attention.attend(normed, (key, value), rotary, causal=True)
+        x = x + self.self_attention.attend(normed, (key, value), rotary, visible, causal=visible is None)
         if memory is not None:
             slots = memory if isinstance(memory, tuple) else self.memory_keys_values(memory)
             x = self.read(x, slots, rotary, readable)
@@ -138,19 +141,25 @@ class Decoder(nn.Module):
         mask: Tensor | None,
         memory: Tensor | None = None,
         memory_mask: Tensor | None = None,
+        documents: Documents | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Hidden states of embedded tokens [B, T, D] that read `memory` [L, B, S, D] (`memory_mask` [B, S]).
+        """Hidden states of embedded tokens [B, T, D] that read `memory` [L, B, S, D].
 
-        `mask` [B, T] is True at real tokens, None without padding. Returns them, the mean over mixture layers of each
-        row's balance loss [B], and how many tokens went to each expert [M, E]; a plain tuple, in which ZeRO-3 finds the
-        tensors.
+        `memory_mask` [B, S], or [B, T, S] where tokens of a row may read different parts of it. `mask` [B, T] is True at
+        real tokens, None without padding; `documents` where a row holds several, which then don't read each other.
+        Returns the states, the mean over mixture layers of each text's balance loss [B, or the documents' count], and
+        how many tokens went to each expert [M, E]; a plain tuple, in which ZeRO-3 finds the tensors.
         """
-        tokens = None if mask is None else RealTokens.of(mask)
-        readable = None if memory_mask is None else memory_mask[:, None, None, :]
-        rotary = self.rotary(torch.arange(x.shape[1], device=x.device))
+        whole = mask is None and documents is None
+        tokens = None if whole else RealTokens.of(_real(mask, x), documents)
+        readable = None
+        if memory_mask is not None:
+            readable = memory_mask[:, None, None, :] if memory_mask.dim() == 2 else memory_mask[:, None]
+        visible = None if documents is None else documents.causal[:, None]
+        rotary = self.rotary(torch.arange(x.shape[1], device=x.device) if documents is None else documents.position)
         routed: list[Routed] = []
         for layer, slots in zip(self.layers, self._memory_layers(memory), strict=True):
-            x, mixture = layer(x, tokens, rotary, slots, readable)
+            x, mixture = layer(x, tokens, rotary, slots, readable, visible=visible)
             if mixture is not None:
                 routed.append(mixture)
         if not routed:
@@ -209,3 +218,7 @@ class Decoder(nn.Module):
                 x = layer.read(x, memory, rotary, None)
             x = layer.mix(x)
         return self._normed(x)
+
+
+def _real(mask: Tensor | None, x: Tensor) -> Tensor:
+    return torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask

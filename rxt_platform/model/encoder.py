@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from rxt_platform.config.model import ModelConfig
 from rxt_platform.model.attention import Attention, RotaryEmbedding
+from rxt_platform.model.documents import Documents
 from rxt_platform.model.feedforward import SwiGLU
 
 
@@ -25,7 +26,7 @@ class EncoderLayer(nn.Module):
         self.feed_forward = SwiGLU(size, config.encoder.feed_forward_size)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, number: int) -> Tensor:
-        """[B, T, D] -> [B, T, D] in layer `number`; `mask` [B, 1, 1, T] is True at real tokens."""
+        """[B, T, D] -> [B, T, D] in layer `number`; `mask` [B, 1, 1 or T, T] is True at tokens that may be read."""
         normed = self.attention_norm(x)
         x = x + self.attention.attend(normed, self.attention.keys_values(normed, rotary), rotary, mask)
         if self.frozen_memory is not None:
@@ -71,10 +72,15 @@ class Encoder(nn.Module):
         self.layers = cast("Sequence[EncoderLayer]", nn.ModuleList(EncoderLayer(config) for _ in range(config.layers)))
         self.rotary = RotaryEmbedding(config.head_size, config.rope_base)
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """Outputs of all layers [L, B, T, D] for embedded tokens [B, T, D]; `mask` [B, T], None without padding."""
-        rotary = self.rotary(torch.arange(x.shape[1], device=x.device))
+    def forward(self, x: Tensor, mask: Tensor | None, documents: Documents | None = None) -> Tensor:
+        """Outputs of all layers [L, B, T, D] for embedded tokens [B, T, D].
+
+        `mask` [B, T], None without padding; `documents` where a row holds several, which then don't read each other.
+        """
+        rotary = self.rotary(torch.arange(x.shape[1], device=x.device) if documents is None else documents.position)
         readable = None if mask is None else mask[:, None, None, :]
+        if documents is not None:
+            readable = documents.together[:, None]
         states = []
         for number, layer in enumerate(self.layers):
             x = layer(x, rotary, readable, number)

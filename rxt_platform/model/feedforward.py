@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rxt_platform.config.model import ExpertsConfig
+from rxt_platform.model.documents import Documents
 
 
 class SwiGLU(nn.Module):
@@ -30,17 +31,20 @@ class RealTokens:
 
     rows: Tensor  # [N]
     columns: Tensor  # [N]
-    batch: int
+    texts: Tensor  # [N], what the balance is taken over: the row, or the document of a packed row
+    count: int  # of texts
 
     @classmethod
-    def of(cls, mask: Tensor) -> "RealTokens":
+    def of(cls, mask: Tensor, documents: Documents | None = None) -> "RealTokens":
         """The True positions of `mask` [B, T]."""
         rows, columns = mask.nonzero(as_tuple=True)
-        return cls(rows, columns, mask.shape[0])
+        if documents is None:
+            return cls(rows, columns, rows, mask.shape[0])
+        return cls(rows, columns, documents.number[rows, columns], documents.count)
 
 
 class Routed(NamedTuple):
-    """What a mixture gives: output [B, T, D], balance loss of each row [B], tokens sent to each expert [E]."""
+    """What a mixture gives: output [B, T, D], balance loss of each text [`RealTokens.count`], tokens of each expert [E]."""
 
     output: Tensor
     balance: Tensor
@@ -81,7 +85,7 @@ class MixtureOfExperts(nn.Module):
             tokens = RealTokens.of(torch.ones(x.shape[:2], dtype=torch.bool, device=x.device))
         mixed, probabilities, chosen = self._mix(x[tokens.rows, tokens.columns])
         output = torch.zeros_like(x).index_put((tokens.rows, tokens.columns), mixed)
-        balance = balance_loss(probabilities, chosen, tokens.rows, tokens.batch)
+        balance = balance_loss(probabilities, chosen, tokens.texts, tokens.count)
         usage = _count(chosen, self.config.number)
         return Routed(output, balance.detach() if self.config.balancing == "bias" else balance, usage)
 
@@ -154,19 +158,20 @@ def _uncompiled_grouped_mm(tokens: Tensor, weights: Tensor, offs: Tensor) -> Ten
     return F.grouped_mm(tokens, weights, offs=offs)
 
 
-def balance_loss(probabilities: Tensor, chosen: Tensor, rows: Tensor, batch: int) -> Tensor:
-    """Switch-style load balance (arXiv:2101.03961, eq. 4) of each row over its real tokens: [B].
+def balance_loss(probabilities: Tensor, chosen: Tensor, texts: Tensor, count: int) -> Tensor:
+    """Switch-style load balance (arXiv:2101.03961, eq. 4) of each text over its real tokens: [count].
 
-    `E * sum_e f_e * P_e` with f_e the share of the row's assignments that went to expert e and P_e its mean router
-    probability; 1 when balanced. Per row, not per batch, so that it adds up over any split of the global batch.
-    `probabilities` [N, E], `chosen` [N, k] and `rows` [N] belong to the N real tokens.
+    `E * sum_e f_e * P_e` with f_e the share of the text's assignments that went to expert e and P_e its mean router
+    probability; 1 when balanced, 0 for a text without tokens. Per text (a row, or a document of a packed row), not per
+    batch, so that it adds up over any split of the global batch and packing does not change it.
+    `probabilities` [N, E], `chosen` [N, k] and `texts` [N] belong to the N real tokens.
     """
     experts = probabilities.shape[1]
-    tokens = torch.bincount(rows, minlength=batch).clamp(min=1).unsqueeze(1)
+    tokens = torch.bincount(texts, minlength=count).clamp(min=1).unsqueeze(1)
     assigned = F.one_hot(chosen, experts).sum(dim=1).to(probabilities.dtype)
-    zeros = probabilities.new_zeros(batch, experts)
-    share = zeros.index_add(0, rows, assigned) / (tokens * chosen.shape[1])
-    mean_probability = zeros.index_add(0, rows, probabilities) / tokens
+    zeros = probabilities.new_zeros(count, experts)
+    share = zeros.index_add(0, texts, assigned) / (tokens * chosen.shape[1])
+    mean_probability = zeros.index_add(0, texts, probabilities) / tokens
     return experts * (share * mean_probability).sum(dim=1)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from rxt_platform.config.model import ModelConfig
 from rxt_platform.errors import ModelError
 from rxt_platform.model.decoder import Decoder
+from rxt_platform.model.documents import Documents
 from rxt_platform.model.encoder import Encoder
 from rxt_platform.model.feedforward import MixtureOfExperts
 from rxt_platform.model.heads import MaskedLanguageHead
@@ -26,7 +27,7 @@ class Decoded:
     """What the decoder computed.
 
     states   last hidden states [B, T, D]
-    balance  the experts' balance loss of each row [B]
+    balance  the experts' balance loss of each row [B], of packed rows that of each document
     usage    real tokens sent to each expert of each mixture layer [M, E]
     """
 
@@ -66,9 +67,9 @@ class ReactiveTransformer(nn.Module):
                 "use memory.to(...)"
             )
 
-    def encode(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Encoder states of all layers [L, B, T, D] for token ids [B, T]."""
-        return self.encoder(self.embedding(ids), mask)
+    def encode(self, ids: Tensor, mask: Tensor | None = None, documents: Documents | None = None) -> Tensor:
+        """Encoder states of all layers [L, B, T, D] for token ids [B, T]; `documents` of packed rows."""
+        return self.encoder(self.embedding(ids), mask, documents)
 
     def write_states(self, memory: Tensor, states: Tensor, mask: Tensor | None = None) -> Tensor:
         """Write encoder states [L, B, T, D] into the memory."""
@@ -86,8 +87,13 @@ class ReactiveTransformer(nn.Module):
         memory: Tensor,
         memory_mask: Tensor | None = None,
         frozen_embedding: bool = False,
+        documents: Documents | None = None,
     ) -> Decoded:
-        """Hidden states of the decoder for ids [B, T] over `memory` [L, B, S, D]; feed those needed to `head`."""
+        """Hidden states of the decoder for ids [B, T] over `memory` [L, B, S, D]; feed those needed to `head`.
+
+        `memory_mask` [B, S] or [B, T, S]: what may be read; `documents` of packed rows (documents don't see each other,
+        positions begin anew in each).
+        """
         if memory.shape[:2] != (self.config.layers, ids.shape[0]):
             raise ModelError(
                 f"the memory is {list(memory.shape)}: this model reads [{self.config.layers} layers, "
@@ -96,7 +102,7 @@ class ReactiveTransformer(nn.Module):
         embedded = self.embedding(ids)
         if frozen_embedding:
             embedded = embedded.detach()
-        return Decoded(*self.decoder(embedded, mask, memory, memory_mask))
+        return Decoded(*self.decoder(embedded, mask, memory, memory_mask, documents))
 
     def head(self, states: Tensor) -> Tensor:
         """Next-token logits [..., V] of decoder states [..., D]."""

@@ -7,7 +7,6 @@ from rxt_platform.config.run import RunConfig
 from rxt_platform.evaluation.measure import measure
 from rxt_platform.evaluation.recall import mean_recall
 from rxt_platform.orchestration.plan import ARTIFACT_KIND, Step
-from rxt_platform.stages.build import row_kind
 from rxt_platform.storage.directory import Provenance, commit_directory, verify_directory
 from rxt_platform.training.distributed import use_cpus
 
@@ -22,8 +21,9 @@ def evaluate_run(config: RunConfig, plan: list[Step], step: Step) -> None:
     verify_directory(trained, "model")
     # Memory pre-training's loss is a cosine, which counting tokens does not predict.
     stages = [other for other in plan if other.stage is not None and other.stage.kind != "memory_pretraining"]
-    kinds = {other.name: row_kind(other.stage) for other in stages if other.stage is not None}
-    result = measure(trained, plan[0].artifact, kinds, config.evaluation, config.seed)
+    sections = {other.name: other.stage.section for other in stages if other.stage is not None}
+    corpus, tokens, too_long = plan[0].artifact, plan[2].artifact, config.data.validation.too_long
+    result = measure(trained, corpus, tokens, sections, config.evaluation, config.seed, too_long)
     recall = mean_recall(result["recall"])
     metrics = {
         "recall": recall["with_memory"],

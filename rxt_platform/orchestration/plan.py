@@ -1,6 +1,6 @@
 """The steps of a run and what identifies each of them: planned before anything is spent (DESIGN 7, 10).
 
-corpus → tokenizer → one training step for each stage → evaluation. A fingerprint covers a step's settings, its inputs'
+corpus → tokenizer → tokens → one training step for each stage → evaluation. A fingerprint covers a step's settings, its inputs'
 fingerprints, the seed and the code of the rooms it uses, never paths, hosts or worker counts; a finished artifact with
 the same fingerprint is reused.
 """
@@ -19,17 +19,21 @@ from rxt_platform.data.sources import source_identity
 from rxt_platform.errors import ArtifactError, ConfigError
 from rxt_platform.storage.directory import Manifest, content_hash, read_manifest, verify_directory
 
-StepKind = Literal["corpus", "tokenizer", "training", "evaluation"]
+StepKind = Literal["corpus", "tokenizer", "tokens", "training", "evaluation"]
 
 _ROOMS: dict[StepKind, tuple[str, ...]] = {
     "corpus": ("data",),
     "tokenizer": ("data",),
+    "tokens": ("data",),
     "training": ("data", "model", "stages", "training"),
     "evaluation": ("data", "model", "evaluation"),
 }
+PREPARED: tuple[StepKind, ...] = ("corpus", "tokenizer", "tokens")
+"""The steps before the first training step."""
 ARTIFACT_KIND: dict[StepKind, str] = {
     "corpus": "corpus",
     "tokenizer": "tokenizer",
+    "tokens": "tokens",
     "training": "model",
     "evaluation": "evaluation",
 }
@@ -89,14 +93,16 @@ def build_plan(config: RunConfig) -> list[Step]:
     corpus = Step("corpus", "corpus", source_identity(config.data), {}, storage)
     start = _starting_model(config)
     tokenizer = _tokenizer_step(config, corpus, start)
-    steps = [corpus, tokenizer]
+    tokens = _tokens_step(config, corpus, tokenizer)
+    steps = [corpus, tokenizer, tokens]
     for name, stage in config.stages.items():
         before = steps[-1] if steps[-1].kind == "training" else None
         origin = (before.artifact, before.fingerprint) if before else start and (start[0], start[1].content_sha256)
-        steps.append(_training_step(config, name, stage, corpus, tokenizer, origin))
-    inputs = {"corpus": corpus.fingerprint, "model": steps[-1].fingerprint}
-    inputs |= {f"stages.{step.name}": step.fingerprint for step in steps[2:-1]}
-    spec = {**config.evaluation.model_dump(mode="json"), "seed": config.seed}
+        steps.append(_training_step(config, name, stage, tokens, origin))
+    inputs = {"corpus": corpus.fingerprint, "tokens": tokens.fingerprint, "model": steps[-1].fingerprint}
+    inputs |= {f"stages.{step.name}": step.fingerprint for step in steps[len(PREPARED) : -1]}
+    too_long = config.data.validation.too_long
+    spec = {**config.evaluation.model_dump(mode="json"), "seed": config.seed, "too_long": too_long}
     return [*steps, Step("evaluation", "evaluation", spec, inputs, storage)]
 
 
@@ -137,7 +143,7 @@ def explain(step: Step) -> str:
 def _tokenizer_step(config: RunConfig, corpus: Step, start: tuple[Path, Manifest] | None) -> Step:
     """Trained on the corpus, or taken over from the model that the run starts from: ids must mean the same tokens."""
     if start is None:
-        spec: dict[str, Any] = {"vocab_size": config.model.vocab_size}
+        spec: dict[str, Any] = {"vocab_size": config.model.vocab_size, **config.data.tokenizer.model_dump(mode="json")}
         return Step("tokenizer", "tokenizer", spec, {"corpus": corpus.fingerprint}, corpus.storage)
     path, manifest = start
     spec = {"sha256": manifest.files["tokenizer.json"].sha256}
@@ -145,16 +151,23 @@ def _tokenizer_step(config: RunConfig, corpus: Step, start: tuple[Path, Manifest
     return Step("tokenizer", "tokenizer", spec, inputs, corpus.storage, start=path)
 
 
+def _tokens_step(config: RunConfig, corpus: Step, tokenizer: Step) -> Step:
+    """The corpus as token ids, for the model's window."""
+    validation = config.data.validation
+    spec = {
+        "max_length": config.model.max_length,
+        "too_long": validation.too_long,
+        "max_bad_share": validation.max_bad_share,
+    }
+    inputs = {"corpus": corpus.fingerprint, "tokenizer": tokenizer.fingerprint}
+    return Step("tokens", "tokens", spec, inputs, corpus.storage)
+
+
 def _training_step(
-    config: RunConfig,
-    name: str,
-    stage: StageConfig,
-    corpus: Step,
-    tokenizer: Step,
-    origin: tuple[Path, str] | None,
+    config: RunConfig, name: str, stage: StageConfig, tokens: Step, origin: tuple[Path, str] | None
 ) -> Step:
     """A stage on top of the model at `origin` (its directory, and what identifies it), or of random weights."""
-    inputs = {"corpus": corpus.fingerprint, "tokenizer": tokenizer.fingerprint}
+    inputs = {"tokens": tokens.fingerprint}
     if origin is not None:
         inputs["model"] = origin[1]
     spec = {
@@ -163,8 +176,9 @@ def _training_step(
         "model": config.model.model_dump(mode="json"),
         "precision": config.training.precision,
         "seed": config.seed,
+        "weights": [source.weight for source in getattr(config.data, stage.section)],
     }
-    return Step(name, "training", spec, inputs, corpus.storage, stage, origin and origin[0])
+    return Step(name, "training", spec, inputs, tokens.storage, stage, origin and origin[0])
 
 
 def _starting_model(config: RunConfig) -> tuple[Path, Manifest] | None:

@@ -3,7 +3,7 @@
 import logging
 import os
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from rxt_platform.config.run import ResourcesConfig
@@ -125,6 +125,21 @@ def call(function: Callable[..., Result], *arguments: Any, cpus: int) -> Result:
     except ray.exceptions.RayTaskError as error:
         cause = error.cause if isinstance(error.cause, RxtError) else error
         raise cause from None
+
+
+def each(function: Callable[..., Result], items: Sequence[Any], shared: Sequence[Any]) -> list[Result]:
+    """`function(item, *shared)` for every item as Ray tasks of one CPU each, results in the items' order."""
+    import ray
+
+    environment = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    task = ray.remote(function).options(num_cpus=1, max_retries=2, runtime_env={"env_vars": environment})
+    waiting = [task.remote(item, *shared) for item in items]
+    try:
+        return list(ray.get(waiting))
+    except ray.exceptions.RayTaskError as error:
+        for other in waiting:
+            ray.cancel(other, force=True)
+        raise (error.cause if isinstance(error.cause, RxtError) else error) from None
 
 
 def _worker_environment(job: StageJob) -> dict[str, str]:

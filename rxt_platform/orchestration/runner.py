@@ -16,15 +16,18 @@ from pathlib import Path
 from typing import Any
 
 from rxt_platform.config.run import RunConfig
+from rxt_platform.data.corpus import VALIDATION
+from rxt_platform.data.shards import read_summary
 from rxt_platform.errors import ArtifactError, BusyError
 from rxt_platform.evaluation.recall import mean_recall
 from rxt_platform.evaluation.report import REPORT_FILES, Report, render_table, write_report
 from rxt_platform.model.parameters import measure_size
 from rxt_platform.orchestration import ray_jobs
 from rxt_platform.orchestration.evaluate import RESULT, evaluate_run
-from rxt_platform.orchestration.plan import Step, build_plan, in_temporary_copy
+from rxt_platform.orchestration.plan import PREPARED, Step, build_plan, in_temporary_copy
+from rxt_platform.orchestration.prepare import FERTILITY, prepare
 from rxt_platform.orchestration.progress import Console, HistoryFollower
-from rxt_platform.orchestration.steps import prepare, stage_job
+from rxt_platform.orchestration.steps import stage_job
 from rxt_platform.orchestration.tracking import Tracker
 from rxt_platform.storage.directory import Manifest, verify_directory
 
@@ -59,11 +62,17 @@ class _Run:
         """File that names the MLflow runs which are still open."""
         return self.folder / "open_mlflow_runs.json"
 
+    def connect(self) -> None:
+        """Join or start Ray, once."""
+        if self.connected is None:
+            self.connected = ray_jobs.connect(self.config.resources)
+
 
 def run_pipeline(config: RunConfig, console: Console | None = None) -> Report:
     """Run everything that is not finished yet and write the report. Raises an RxtError when a step fails.
 
-    Input files, configuration and starting models are checked, and corpus and tokenizer made, before Ray starts.
+    Input files, configuration and starting models are checked, and corpus, tokenizer and tokens made, before any job
+    starts.
     """
     started = time.monotonic()
     plan = build_plan(config)
@@ -81,14 +90,14 @@ def run_pipeline(config: RunConfig, console: Console | None = None) -> Report:
             run.console.line(f"storage  {storage} (the job's working directory is a temporary copy)")
         for step in plan:
             step.artifact.parent.mkdir(parents=True, exist_ok=True)
-        made = prepare(config, plan)
-        run.tracker.start(config.name, config.model_dump(mode="json"), run.open_runs)
         try:
-            for step in plan[:2]:
+            made = prepare(config, plan, run.connect)
+            run.tracker.start(config.name, config.model_dump(mode="json"), run.open_runs)
+            for step in plan[: len(PREPARED)]:
                 manifest = verify_directory(step.artifact)
                 status = "made" if step.name in made else "reused"
                 _record(run, step, Outcome(step, status, manifest.metrics["seconds"], manifest), None)
-            for step in plan[2:]:
+            for step in plan[len(PREPARED) :]:
                 _run_step(run, step, plan)
             report = _report(run, plan, time.monotonic() - started)
         except BaseException as error:
@@ -136,8 +145,7 @@ def _run_step(run: _Run, step: Step, plan: list[Step]) -> None:
 
 
 def _make_step(run: _Run, step: Step, plan: list[Step]) -> None:
-    if run.connected is None:
-        run.connected = ray_jobs.connect(run.config.resources)
+    run.connect()
     for leftover in step.artifact.parent.glob(f".{step.artifact.name}.*"):  # of a killed commit
         shutil.rmtree(leftover)
     child = run.tracker.step(step.name, _tags(step, "made"), step.spec, run.open_runs)
@@ -213,8 +221,8 @@ def _report(run: _Run, plan: list[Step], seconds: float) -> Report:
             for outcome in run.outcomes
         ],
         "stages": [_stage_row(outcome, evaluation["baselines"]) for outcome in trained],
-        "corpus": run.outcomes[0].manifest.metrics,
-        **{name: evaluation[name] for name in ("answer_tokens", "memory_reset", "recall", "samples")},
+        "data": _data_report(plan),
+        **{name: evaluation[name] for name in ("answer_tokens", "memory_reset", "recall", "recall_by_task", "samples")},
         "recall_overall": mean_recall(evaluation["recall"]),
     }
     histories = {
@@ -223,6 +231,16 @@ def _report(run: _Run, plan: list[Step], seconds: float) -> Report:
     }
     write_report(run.folder, report, histories)
     return report
+
+
+def _data_report(plan: list[Step]) -> dict[str, Any]:
+    """What the rows were like: validation by source, tokens of each part, the tokenizer's fit."""
+    corpus, tokenizer, tokens = (step.artifact for step in plan[: len(PREPARED)])
+    return {
+        "validation": json.loads((corpus / VALIDATION).read_text()),
+        "fertility": json.loads((tokenizer / FERTILITY).read_text()),
+        "tokens": read_summary(tokens)["parts"],
+    }
 
 
 def _stage_row(outcome: Outcome, baselines: dict[str, Any]) -> dict[str, Any]:

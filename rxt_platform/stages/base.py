@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from rxt_platform.config.stages import Component, StageConfig
-from rxt_platform.data.batches import Batch, BatchSampler
+from rxt_platform.data.batches import Batch
+from rxt_platform.data.sampler import BatchSampler
 from rxt_platform.model.transformer import ReactiveTransformer
 
 

@@ -1,4 +1,4 @@
-"""From a stage's configuration to the stage: which rows it reads and which class trains on them."""
+"""From a stage's configuration to the stage: how its rows become batches, and which class trains on them."""
 
 from collections.abc import Sequence
 
@@ -9,31 +9,40 @@ from rxt_platform.config.stages import (
     MemoryPretrainingConfig,
     StageConfig,
 )
-from rxt_platform.data.batches import BatchSampler, Example
-from rxt_platform.data.corpus import RowKind
+from rxt_platform.data.examples import Example
+from rxt_platform.data.sampler import BatchSampler, Sampling
 from rxt_platform.stages.base import Stage
 from rxt_platform.stages.joint import JointStage
 from rxt_platform.stages.memory_aware import MemoryAwareStage
 from rxt_platform.stages.memory_pretraining import MemoryPretrainingStage
 
 
-def row_kind(config: StageConfig) -> RowKind:
-    """The rows that a stage trains on."""
-    if isinstance(config, JointPretrainingConfig):
-        return "texts"
-    return "interactions" if isinstance(config, InteractionSFTConfig) else "conversations"
-
-
-def build_stage(config: StageConfig, examples: Sequence[Example], seed: int) -> Stage:
-    """The stage over its training rows."""
-    curriculum = config.curriculum if isinstance(config, MemoryAwareConfig) else []
-    lessons = [(lesson.epochs, lesson.turns) for lesson in curriculum]
-    sampler = BatchSampler(examples, config.global_batch_size, seed, mask_probability(config), lessons)
+def build_stage(
+    config: StageConfig, examples: Sequence[Example], seed: int, window: int, weights: Sequence[float] = ()
+) -> Stage:
+    """The stage over its training rows, for a model with a window of `window` tokens."""
+    sampler = BatchSampler(examples, sampling(config, seed, window, weights))
     if isinstance(config, JointPretrainingConfig | InteractionSFTConfig):
         return JointStage(config, sampler)
     if isinstance(config, MemoryPretrainingConfig):
         return MemoryPretrainingStage(config, sampler)
     return MemoryAwareStage(config, sampler)
+
+
+def sampling(config: StageConfig, seed: int, window: int, weights: Sequence[float] = ()) -> Sampling:
+    """How a stage's rows become batches; `weights` are those of its sources."""
+    windows = config.packing if isinstance(config, JointPretrainingConfig) else 0
+    lessons = config.curriculum if isinstance(config, MemoryAwareConfig) else []
+    return Sampling(
+        global_batch_size=config.global_batch_size,
+        seed=seed,
+        epochs=config.epochs,
+        mask_probability=mask_probability(config),
+        lessons=[(lesson.epochs, lesson.turns) for lesson in lessons],
+        bucket_batches=config.bucket_batches,
+        capacity=windows * window or None,
+        weights=weights,
+    )
 
 
 def mask_probability(config: StageConfig) -> float:

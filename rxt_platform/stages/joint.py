@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rxt_platform.config.stages import Component, InteractionSFTConfig, JointLossConfig, JointPretrainingConfig
-from rxt_platform.data.batches import Batch, BatchSampler
+from rxt_platform.data.batches import Batch
+from rxt_platform.data.sampler import BatchSampler
 from rxt_platform.data.tokenizer import MASK
+from rxt_platform.model.documents import Documents
 from rxt_platform.model.loss import target_loss
 from rxt_platform.model.transformer import ReactiveTransformer
 from rxt_platform.stages.base import LossReport, Phase, row_noise, row_uniform, with_metrics
@@ -26,7 +28,7 @@ class JointStage:
         "loss": "total_targets",
         "masked_loss": "total_hidden",
         "accuracy": "total_targets",
-        "balance": "total_rows",
+        "balance": "total_texts",
     }
 
     def __init__(self, config: JointPretrainingConfig | InteractionSFTConfig, sampler: BatchSampler) -> None:
@@ -52,15 +54,18 @@ class JointStage:
         settings: JointLossConfig = self.config.loss
         ids, mask, targets = batch.ids[:, 0], batch.mask[:, 0], batch.targets[:, 0]
         hidden = batch.hidden[:, 0]
-        encoded = model.encode(ids.masked_fill(hidden, MASK), mask)
+        documents = None
+        if batch.documents is not None:
+            documents = Documents.of(batch.documents, batch.most_documents)
+        encoded = model.encode(ids.masked_fill(hidden, MASK), mask, documents)
         masked, _ = model.mlm_head(encoded[-1][hidden], ids[hidden])
         masked_loss = masked / max(batch.total_hidden, 1)
 
-        memory, readable = self._memory(model, encoded.detach(), mask, batch.seeds, decoder_only)
-        decoded = model.decode_states(ids, mask, memory, readable)
+        memory, readable = self._memory(model, encoded.detach(), batch, documents, decoder_only)
+        decoded = model.decode_states(ids, mask, memory, readable, documents=documents)
         summed, correct = target_loss(model, decoded.states, ids, targets)
         decoder_loss = summed / batch.total_targets
-        balance = decoded.balance.sum() / batch.total_rows
+        balance = decoded.balance.sum() / batch.total_texts
         loss = settings.encoder_weight * masked_loss + settings.decoder_weight * (
             decoder_loss + settings.balance_weight * balance
         )
@@ -73,29 +78,39 @@ class JointStage:
         ).using(decoded.usage)
 
     def _memory(
-        self, model: ReactiveTransformer, encoded: Tensor, mask: Tensor, seeds: Tensor, decoder_only: float
+        self,
+        model: ReactiveTransformer,
+        encoded: Tensor,
+        batch: Batch,
+        documents: Documents | None,
+        decoder_only: float,
     ) -> tuple[Tensor, Tensor]:
-        """What the decoder reads [L, B, S', D], and which positions of it it may read [B, S'].
+        """What the decoder reads [L, B, S', D], and which positions of it it may read [B, S'], packed [B, T, S'].
 
-        Encoder states with noise, positions dropped at random; rows that are decoder-only read the initial memory.
+        Encoder states with noise, positions dropped at random; a text of a packed row reads its own states. Rows that
+        are decoder-only read the initial memory.
         """
-        settings = self.config.loss
+        settings, seeds, mask = self.config.loss, batch.seeds, batch.mask[:, 0]
         layers, _, length, size = encoded.shape
+        drawn = batch.turn_lengths[0]  # of the global batch, so that a row's draws don't depend on how it is split
         readable = mask
         if settings.memory_noise:
-            noise = row_noise(seeds, (layers, length, size), 1, encoded).transpose(0, 1)
-            encoded = encoded + settings.memory_noise * noise
+            noise = row_noise(seeds, (layers, drawn, size), 1, encoded).transpose(0, 1)
+            encoded = encoded + settings.memory_noise * noise[:, :, :length]
         if settings.memory_dropout:
-            kept = row_uniform(seeds, (length,), 2, mask.device) >= settings.memory_dropout
-            kept[:, 0] = True  # never an empty memory
-            readable = readable & kept
+            kept = row_uniform(seeds, (drawn,), 2, mask.device)[:, :length] >= settings.memory_dropout
+            begins = torch.arange(length, device=mask.device) if documents is None else documents.position
+            readable = readable & (kept | (begins == 0))  # never an empty memory
+        if documents is not None:  # padding reads padding, so that no row is empty
+            readable = documents.together & (readable | ~mask)[:, None, :]
         if decoder_only:
-            alone = row_uniform(seeds, (1,), 3, mask.device) < decoder_only
+            alone = row_uniform(seeds, (1,), 3, mask.device) < decoder_only  # [B, 1]
             empty = encoded.new_zeros(layers, len(seeds), model.config.memory.slots, size)
             empty[:, alone[:, 0]] = model.initial_memory(seeds[alone[:, 0]])
             slots = max(empty.shape[2], length)
             encoded, empty = (F.pad(x, (0, 0, 0, slots - x.shape[2])) for x in (encoded, empty))
             used = torch.arange(slots, device=mask.device) < model.config.memory.slots
             encoded = torch.where(alone[None, :, :, None], empty, encoded)
+            alone = alone if documents is None else alone[:, :, None]
             readable = torch.where(alone, used, F.pad(readable, (0, slots - length)))
         return encoded, readable

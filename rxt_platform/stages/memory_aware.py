@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from rxt_platform.config.stages import Component, MemoryAwareConfig
-from rxt_platform.data.batches import Batch, BatchSampler
+from rxt_platform.data.batches import Batch
+from rxt_platform.data.sampler import BatchSampler
 from rxt_platform.model.loss import target_loss
 from rxt_platform.model.transformer import ReactiveTransformer
 from rxt_platform.stages.base import LossReport, Phase, with_metrics

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rxt_platform.config.stages import LabelWeights, MemoryPretrainingConfig
-from rxt_platform.data.batches import Batch, BatchSampler
+from rxt_platform.data.batches import Batch
+from rxt_platform.data.sampler import BatchSampler
 from rxt_platform.model.transformer import ReactiveTransformer
 from rxt_platform.stages.base import LossReport, Phase, row_noise, row_uniform, with_metrics
 
@@ -42,7 +43,7 @@ class MemoryPretrainingStage:
             with torch.no_grad():
                 states = model.encode(batch.ids[:, turn], mask)
                 target = self._target(memory, states, mask, batch.seeds, turn)
-                states = self._noisy(states, batch.seeds, 16 + turn, self.config.input_noise)
+                states = self._noisy(states, batch.seeds, 16 + turn, self.config.input_noise, max(batch.turn_lengths))
             written = model.write_states(memory, states, mask)
             distance = -F.cosine_similarity(written, target, dim=-1).mean(dim=(0, 2))
             loss = loss + (distance * present).sum() / batch.total_turns
@@ -61,13 +62,15 @@ class MemoryPretrainingStage:
         content, filled = by_slot(states, mask, memory.shape[2])
         weight = (label_weight(self.config.label_weights, turn, draws) * filled)[None, :, :, None]
         target = (1 - weight) * memory + weight * content
-        return self._noisy(target, seeds, 64 + turn, self.config.label_noise)
+        return self._noisy(target, seeds, 64 + turn, self.config.label_noise, target.shape[2])
 
-    def _noisy(self, x: Tensor, seeds: Tensor, purpose: int, level: float) -> Tensor:
+    def _noisy(self, x: Tensor, seeds: Tensor, purpose: int, level: float, drawn: int) -> Tensor:
+        """`x` [L, B, P, D] with noise, drawn for `drawn` >= P positions so that it does not depend on padding."""
         if not level:
             return x
         layers, _, positions, size = x.shape
-        return x + level * row_noise(seeds, (layers, positions, size), purpose, x).transpose(0, 1)
+        noise = row_noise(seeds, (layers, drawn, size), purpose, x).transpose(0, 1)
+        return x + level * noise[:, :, :positions]
 
 
 def label_weight(weights: LabelWeights, turn: int, draws: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from rxt_platform.config.run import TrainingConfig
 from rxt_platform.data.batches import Batch
+from rxt_platform.data.prefetch import prefetched
 from rxt_platform.errors import TrainingError
 from rxt_platform.model.transformer import ReactiveTransformer
 from rxt_platform.stages.base import LossReport, Phase, Stage, phase_at
@@ -79,7 +80,7 @@ class Engine:
     def __init__(self, model: ReactiveTransformer, stage: Stage, settings: EngineSettings) -> None:
         self.stage, self.settings = stage, settings
         self.phases = stage.phases()
-        self.steps = stage.sampler.steps(stage.config.epochs)
+        self.steps = stage.sampler.total_steps
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         rows = stage.config.global_batch_size
         if rows % self.world:
@@ -123,16 +124,19 @@ class Engine:
         spent = state.seconds if state else 0.0
         started = time.monotonic()
         window = _Window()
-        for step in range(first, self.steps):
-            metrics = self._step(step)
-            window.add(metrics)
-            done = step + 1
-            if done % training.log_every == 0 or done == self.steps:
-                hooks.on_metrics(done, self.steps, window.summary())
-                window = _Window()
-            if done % training.checkpoint_every == 0 and done < self.steps:
-                seconds = spent + time.monotonic() - started
-                self._save(done, seconds, before)
+        with prefetched(self.stage.sampler.global_batch, first, self.steps) as next_batch:
+            for step in range(first, self.steps):
+                asked = time.monotonic()
+                batch = next_batch()
+                waited = time.monotonic() - asked
+                window.add({**self._step(step, batch), "data_wait_seconds": waited})
+                done = step + 1
+                if done % training.log_every == 0 or done == self.steps:
+                    hooks.on_metrics(done, self.steps, window.summary())
+                    window = _Window()
+                if done % training.checkpoint_every == 0 and done < self.steps:
+                    seconds = spent + time.monotonic() - started
+                    self._save(done, seconds, before)
         seconds = spent + time.monotonic() - started
         after = self.evaluate(validation)
         return TrainResult(before, after, self.steps, seconds, first, self.full_state())
@@ -142,27 +146,26 @@ class Engine:
         state = checkpoints.ResumeState(done, seconds, self.settings.identity, self.world, training.zero_stage, before)
         checkpoints.save(self.engine, self.settings.checkpoint_directory, state, training.keep_checkpoints)
 
-    def _step(self, step: int) -> Metrics:
+    def _step(self, step: int, batch: Batch) -> Metrics:
         """One optimizer step on the global batch; the metrics are those of the whole batch."""
         phase = phase_at(self.phases, step)
         rate = schedule(self.stage.config.optimizer, step, self.steps)
         set_learning_rates(self.optimizer, self.stage.config.optimizer, rate, phase)
-        batch = self.stage.sampler.global_batch(step)
         totals: Metrics = {}
         usage: Tensor | None = None
         norm = math.nan
-        for part in range(self.accumulation):
-            start = self.rank * self.rows + part * self.micro
-            report = self.engine(batch.part(start, start + self.micro).to(self.settings.device), phase)
+        for part in batch.shares(self.rank, self.world, self.micro):
+            report = self.engine(part.to(self.settings.device), phase)
             # DeepSpeed averages over micro-batches and ranks; parts of our loss add up.
             self.engine.backward(report.loss * (self.world * self.accumulation))
             metrics, used = self._over_ranks(report)
             _add(totals, metrics)
             usage = used if usage is None or used is None else usage + used
             if not math.isfinite(totals["objective"]):
+                rows = ", ".join(self.stage.sampler.place(row) for row in batch.rows.tolist())
                 raise TrainingError(
-                    f"step {step + 1}: the loss is {totals['objective']}; rows of the batch: {batch.rows.tolist()}. "
-                    "Nothing was updated; lower the learning rate or look at these rows"
+                    f"step {step + 1}: the loss is {totals['objective']}; nothing was updated; lower the learning rate "
+                    f"or look at the batch's rows: {rows}"
                 )
             norm = self._update(step)
         if usage is not None:

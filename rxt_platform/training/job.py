@@ -8,7 +8,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,13 @@ from rxt_platform.config.base import Spec
 from rxt_platform.config.model import ModelConfig
 from rxt_platform.config.run import TrainingConfig
 from rxt_platform.config.stages import StageConfig
-from rxt_platform.data.batches import Batch, Example, collate, derive_seed
-from rxt_platform.data.corpus import load_examples
+from rxt_platform.data.batches import Batch, collate, derive_seed
+from rxt_platform.data.examples import Example
+from rxt_platform.data.shards import TokenShards
 from rxt_platform.data.tokenizer import RxtTokenizer
 from rxt_platform.model.files import TOKENIZER, load_weights, save_model
 from rxt_platform.model.transformer import ReactiveTransformer
-from rxt_platform.stages.build import build_stage, mask_probability, row_kind
+from rxt_platform.stages.build import build_stage, mask_probability
 from rxt_platform.storage.directory import Provenance, commit_directory, verify_directory
 from rxt_platform.training.distributed import on_rank_zero, start_process_group, stop_process_group, use_cpus
 from rxt_platform.training.engine import Engine, EngineSettings, Hooks, Metrics, TrainResult
@@ -46,7 +47,8 @@ class StageJob(Spec):
     training: TrainingConfig
     seed: int
     identity: str = Field(description="fingerprint of the step")
-    corpus: Path
+    tokens: Path = Field(description="the token shards")
+    weights: list[float] = Field(default_factory=list, description="of the sources of the stage's rows")
     tokenizer: Path
     start: Path | None = Field(description="model artifact to start from; random weights without")
     output: Path = Field(description="the model artifact to make")
@@ -65,9 +67,9 @@ def run_stage(job: StageJob, on_metrics: Callable[[int, Metrics], None] = lambda
         tokenizer = RxtTokenizer.load(job.tokenizer / TOKENIZER)
         model = _starting_model(job).to(device)
         seed = derive_seed(job.seed, job.name)
-        kind, window = row_kind(job.stage), job.model.max_length
-        stage = build_stage(job.stage, load_examples(job.corpus, kind, "train", tokenizer, window), seed)
-        held_out = load_examples(job.corpus, kind, "validation", tokenizer, window)
+        rows = TokenShards(job.tokens, job.stage.section, "train")
+        stage = build_stage(job.stage, rows, seed, job.model.max_length, job.weights)
+        held_out = TokenShards(job.tokens, job.stage.section, "validation")
         settings = EngineSettings(job.training, job.work / "checkpoints", job.identity, device)
         history = _History(job.work / "metrics.jsonl", on_metrics)
         hooks = Hooks(on_metrics=history.add, on_start=history.start)
@@ -87,7 +89,7 @@ def run_stage(job: StageJob, on_metrics: Callable[[int, Metrics], None] = lambda
         stop_process_group()
 
 
-def validation_batches(examples: list[Example], mask_probability: float) -> list[Batch]:
+def validation_batches(examples: Sequence[Example], mask_probability: float) -> list[Batch]:
     """The same held-out rows for every run and every worker: the first 256, in order."""
     rows = examples[:_VALIDATION_ROWS]
     batches = []

@@ -60,6 +60,7 @@ def test_killed_driver_then_the_same_command(finished_pipeline: Path, tmp_path: 
     assert status == {
         "corpus": "reused",
         "tokenizer": "reused",
+        "tokens": "reused",
         "pretraining": "reused",
         "sft": "reused",
         "memory_pretraining": "resumed",

@@ -169,5 +169,6 @@ def test_loss_that_is_not_finite_stops_all_ranks_and_names_the_rows(
     jobs.jobs["sft"] = jobs.jobs["sft"].model_copy(update={"start": jobs.folder / "sealed"})
     done = jobs.run("sft", workers=2)
     assert done.returncode != 0
-    assert "step 1: the loss is nan; rows of the batch: [" in done.stderr
+    assert "step 1: the loss is nan; nothing was updated" in done.stderr
+    assert "look at the batch's rows: story_world:" in done.stderr
     assert not jobs.jobs["sft"].output.exists()

@@ -56,7 +56,7 @@ def test_rerun_reuses_every_step_and_starts_no_ray(
 def test_plan_names_the_field_that_changed_and_what_follows(finished_pipeline: Path) -> None:
     changed = small_run(finished_pipeline, "stages.sft.optimizer.learning_rate=2e-4")
     rows = {row["step"]: row for row in plan_rows(changed)}
-    assert [name for name, row in rows.items() if row["state"] == "cached"] == ["corpus", "tokenizer", "pretraining"]
+    assert [name for name, row in rows.items() if row["state"] == "cached"] == ["corpus", "tokenizer", "tokens", "pretraining"]
     assert "stage.optimizer.learning_rate: 0.001 → 0.0002" in rows["sft"]["why"]
     assert rows["memory_pretraining"]["why"] == "input model changed"
 
@@ -84,7 +84,7 @@ def test_mlflow_holds_parent_children_metrics_and_lineage(finished_pipeline: Pat
     children = {
         run.data.tags["rxt.step"]: run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id
     }
-    assert list(children) == ["corpus", "tokenizer", *STAGES, "evaluation"]
+    assert list(children) == ["corpus", "tokenizer", "tokens", *STAGES, "evaluation"]
     assert {run.info.status for run in [parent, *children.values()]} == {"FINISHED"}
     sft = children["sft"]
     history = client.get_metric_history(sft.info.run_id, "loss")
@@ -94,7 +94,7 @@ def test_mlflow_holds_parent_children_metrics_and_lineage(finished_pipeline: Pat
     assert all(entry.value > 0 for entry in client.get_metric_history(sft.info.run_id, "gradient_norm"))
     assert len(client.get_metric_history(children["memory_aware"].info.run_id, "memory_change")) == 10
     assert json.loads(sft.data.tags["rxt.parents"])["model"] == children["pretraining"].data.tags["rxt.fingerprint"]
-    assert {entry.dataset.name for entry in sft.inputs.dataset_inputs} == {"corpus", "tokenizer", "model"}
+    assert {entry.dataset.name for entry in sft.inputs.dataset_inputs} == {"tokens", "model"}
     files = {entry.path for entry in client.list_artifacts(sft.info.run_id, "artifact")}
     assert {"artifact/model.safetensors", "artifact/manifest.json", "artifact/tokenizer.json"} <= files
     assert sft.data.params["stage.optimizer.learning_rate"] == "0.001"
@@ -147,7 +147,7 @@ def test_eval_measures_any_conversation_file(finished_pipeline: Path, tmp_path: 
     path = tmp_path / "talks.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     result = json.loads(rxt("eval", str(finished_pipeline / "quickstart"), "--data", str(path), "--json"))
-    assert list(result) == ["answer_tokens", "memory_reset", "recall"]
+    assert list(result) == ["answer_tokens", "memory_reset", "recall", "recall_by_task"]
     for part in ("answer_tokens", "memory_reset"):
         assert set(result[part]) == {"loss", "perplexity", "accuracy", "count"}
     assert set(result["recall"]["1"]) == {"with_memory", "reset", "gain", "count"}
@@ -171,5 +171,5 @@ def test_models_lists_exact_counts() -> None:
 def test_plan_starts_nothing(finished_pipeline: Path) -> None:
     overrides = [*SMALL, f"storage={finished_pipeline}"]
     rows = json.loads(rxt("plan", "pipelines/configs/quickstart.yaml", *overrides, "--json"))
-    assert [row["step"] for row in rows] == ["corpus", "tokenizer", *STAGES, "evaluation"]
+    assert [row["step"] for row in rows] == ["corpus", "tokenizer", "tokens", *STAGES, "evaluation"]
     assert "pretraining            cached" in rxt("plan", "pipelines/configs/quickstart.yaml", *overrides)

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from rxt_platform.config.model import ModelConfig
-from rxt_platform.data.batches import Batch, BatchSampler, Example, collate
+from rxt_platform.data.batches import Batch, collate
+from rxt_platform.data.examples import Example
+from rxt_platform.data.sampler import BatchSampler, Sampling
 from rxt_platform.data.tokenizer import ANSWER, BOS, EOS, PAD, QUERY, SPECIAL_TOKENS, RxtTokenizer
 from rxt_platform.model.transformer import ReactiveTransformer
 
@@ -74,9 +76,9 @@ def batch_of(examples: Sequence[Example], mask_probability: float = 0.0, seed: i
     return collate(examples, [seed + 100 * i for i in range(len(examples))], range(len(examples)), mask_probability)
 
 
-def sampler_of(examples: Sequence[Example], size: int | None = None) -> BatchSampler:
-    """A sampler whose batches are as large as the data set, unless a size is given."""
-    return BatchSampler(examples, size or len(examples), seed=3)
+def sampler_of(examples: Sequence[Example], size: int, seed: int = 3, **settings: Any) -> BatchSampler:
+    """A sampler with batches of `size` rows."""
+    return BatchSampler(examples, Sampling(size, seed, **settings))
 
 
 def gradients(model: nn.Module) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """Bad input ends with exit code 2 and one line that names the place and the fix, before Ray starts."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from rxt_platform.storage.directory import Provenance, commit_directory
 from tests.support import ROOT
 
 QUICKSTART = str(ROOT / "pipelines/configs/quickstart.yaml")
-JSONL = "data.conversations={kind: jsonl, path: rows.jsonl, validation_path: rows.jsonl}"
+JSONL = "data.conversations={kind: files, path: rows.jsonl, validation_path: held_out.jsonl}"
 
 
 @pytest.fixture(autouse=True)
@@ -44,18 +45,25 @@ def storage(tmp_path: Path) -> list[str]:
     return [f"storage={tmp_path / 'runs'}", f"data.root={tmp_path}"]
 
 
+def write_rows(folder: Path, rows: Sequence[object]) -> None:
+    """Training rows, and a held-out conversation."""
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    held_out = {"query": "Hi", "answer": "Ho", "interactions": [{"query": "Hi", "answer": "Ho"}]}
+    (folder / "held_out.jsonl").write_text(json.dumps(held_out) + "\n")
+
+
 def test_missing_config_file(capsys: pytest.CaptureFixture[str]) -> None:
     assert "nowhere.yaml: no such config file" in error_of(capsys, "nowhere.yaml")
 
 
 def test_missing_data_file(capsys: pytest.CaptureFixture[str], storage: list[str], tmp_path: Path) -> None:
-    message = error_of(capsys, QUICKSTART, *storage, "data.texts={kind: text, path: stories.txt}")
-    assert f"{tmp_path / 'stories.txt'}: no such file; relative paths are taken from data.root" in message
+    message = error_of(capsys, QUICKSTART, *storage, "data.texts=stories.txt")
+    assert f"stories.txt: no such file or folder: looked for {tmp_path / 'stories.txt'}" in message
 
 
 def test_empty_corpus(capsys: pytest.CaptureFixture[str], storage: list[str], tmp_path: Path) -> None:
     (tmp_path / "stories.txt").write_text("\n")
-    message = error_of(capsys, QUICKSTART, *storage, "data.texts={kind: text, path: stories.txt}")
+    message = error_of(capsys, QUICKSTART, *storage, "data.texts=stories.txt")
     assert f"{tmp_path / 'stories.txt'}: empty" in message
 
 
@@ -64,14 +72,15 @@ def test_row_without_answer(capsys: pytest.CaptureFixture[str], storage: list[st
         {"query": "Hello.", "answer": "Hi."},
         {"query": "Who?", "answer": "Me.", "interactions": [{"query": "Why?"}]},
     ]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(tmp_path, rows)
     message = error_of(capsys, QUICKSTART, *storage, JSONL)
     assert f"{tmp_path / 'rows.jsonl'}:2: column 'interactions[0].answer': missing" in message
 
 
 def test_row_nested_too_deeply(capsys: pytest.CaptureFixture[str], storage: list[str], tmp_path: Path) -> None:
+    write_rows(tmp_path, [])
     (tmp_path / "rows.jsonl").write_text('{"query": ' + "[" * 100_000 + "\n")
-    assert f"{tmp_path / 'rows.jsonl'}:1: not JSON: " in error_of(capsys, QUICKSTART, *storage, JSONL)
+    assert f"{tmp_path / 'rows.jsonl'}:1: row: JSON nested too deep" in error_of(capsys, QUICKSTART, *storage, JSONL)
 
 
 def test_config_typo(capsys: pytest.CaptureFixture[str], storage: list[str]) -> None:
@@ -81,10 +90,10 @@ def test_config_typo(capsys: pytest.CaptureFixture[str], storage: list[str]) -> 
 
 def test_query_that_fills_the_window(capsys: pytest.CaptureFixture[str], storage: list[str], tmp_path: Path) -> None:
     rows = [{"query": "q " * 300, "answer": "a", "interactions": [{"query": "q", "answer": "a"}]}] * 64
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    message = error_of(capsys, QUICKSTART, *storage, JSONL)
-    assert "conversations.train, row 1, turn 0 ('q q q" in message
-    assert "shorten the query" in message
+    write_rows(tmp_path, rows)
+    message = error_of(capsys, QUICKSTART, *storage, JSONL, "data.validation.too_long=fail")
+    assert "rows.jsonl:1: column 'query': too long: turn 1: query of" in message
+    assert "data.validation.too_long=truncate" in message
 
 
 def test_batch_larger_than_the_rows(capsys: pytest.CaptureFixture[str], storage: list[str]) -> None:

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import yaml
 
+from rxt_platform.config.data import StoryWorldSource
 from rxt_platform.config.loading import load_preset, load_run, preset_names
 from rxt_platform.config.model import ModelConfig
-from rxt_platform.config.run import RunConfig, StoryWorldSource
+from rxt_platform.config.run import RunConfig
 from rxt_platform.config.stages import JointPretrainingConfig, MemoryAwareConfig, OptimizerConfig
 from rxt_platform.errors import ConfigError
 
@@ -72,7 +73,7 @@ def without(*path: str) -> str:
 def test_a_complete_run_is_loaded_with_its_types(runs: Runs) -> None:
     run = runs.load()
     assert run.model == load_preset("tiny")
-    assert isinstance(run.data.texts, StoryWorldSource)
+    assert [type(source) for source in run.data.texts or []] == [StoryWorldSource]
     joint, memory = run.stages["joint"], run.stages["memory"]
     assert isinstance(joint, JointPretrainingConfig)
     assert isinstance(memory, MemoryAwareConfig)
@@ -137,7 +138,7 @@ def test_the_preset_is_among_the_valid_keys_of_a_model(runs: Runs) -> None:
     [
         ("name",),
         ("model",),
-        ("data", "texts"),
+        ("data", "conversations"),
         ("stages", "joint", "epochs"),
         ("stages", "memory", "optimizer", "learning_rate"),
         ("data", "texts", "train_rows"),
@@ -146,6 +147,28 @@ def test_the_preset_is_among_the_valid_keys_of_a_model(runs: Runs) -> None:
 )
 def test_a_missing_key_is_named_by_its_path(runs: Runs, path: tuple[str, ...]) -> None:
     assert f"missing key '{'.'.join(path)}'" in runs.problem(text=without(*path))
+
+
+def test_a_stage_without_rows_is_named_with_the_section_that_it_needs(runs: Runs) -> None:
+    message = runs.problem(text=without("data", "texts"))
+    assert "stages.joint trains on texts: name a source as data.texts" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "path"),
+    [("hf:owner/name", "hub", "owner/name"), ("some/*.jsonl.gz", "files", "some/*.jsonl.gz")],
+)
+def test_a_bare_string_is_a_source(runs: Runs, text: str, kind: str, path: str) -> None:
+    (source,) = runs.load(f"data.conversations={text}").data.conversations
+    assert (source.kind, getattr(source, "path", None)) == (kind, path)
+
+
+def test_several_sources_are_a_list_and_errors_name_the_one(runs: Runs) -> None:
+    world = "{kind: story_world, train_rows: 5, validation_rows: 2"
+    run = runs.load(f"data.conversations=[{world}}}, {world}, weight: 0.5}}]")
+    assert [source.weight for source in run.data.conversations] == [1.0, 0.5]
+    message = runs.problem(f"data.conversations=[{world}}}, {world}, wieght: 0.5}}]")
+    assert "unknown key 'data.conversations.1.wieght'; nearest valid: weight" in message
 
 
 def test_a_key_that_stands_twice_is_refused_with_its_line(runs: Runs) -> None:

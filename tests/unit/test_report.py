@@ -14,7 +14,14 @@ import pytest
 from matplotlib.image import imread
 
 from rxt_platform.errors import ArtifactError
-from rxt_platform.evaluation.report import draw_losses, draw_recall, render_html, render_table, write_report
+from rxt_platform.evaluation.report import (
+    draw_losses,
+    draw_recall,
+    render_evaluation,
+    render_html,
+    render_table,
+    write_report,
+)
 
 NAN = math.nan
 UNASKED = {"with_memory": NAN, "reset": NAN, "gain": NAN, "count": 0}
@@ -64,15 +71,58 @@ REPORT: dict[str, Any] = {
         "10": {"with_memory": 0.5, "reset": 0.6, "gain": -0.1, "count": 10},
         "2": {"with_memory": 0.9, "reset": 0.1, "gain": 0.8, "count": 30},
     },
+    "recall_by_task": {"recall": {"with_memory": 0.8, "reset": 0.225, "gain": 0.575, "count": 40}},
     "recall_overall": {"with_memory": 0.8, "reset": 0.225, "gain": 0.575, "count": 40},
-    "corpus": {"train_rows": 2000, "mean_tokens": 41.5},
+    "data": {
+        "validation": {
+            "texts": {
+                "validation": [{"rows": 100, "kept": 100, "duplicates": 0, "near_duplicates": 0, "bad": {}}],
+                "train": [
+                    {
+                        "rows": 2003,
+                        "kept": 2000,
+                        "duplicates": 1,
+                        "near_duplicates": 0,
+                        "bad": {"column 'text': <empty>": 2},
+                    }
+                ],
+            }
+        },
+        "tokens": {
+            "texts_train": {
+                "examples": 2100,
+                "tokens": 41500,
+                "longest": 128,
+                "truncated": 7,
+                "queries_cut": 0,
+                "too_long": 0,
+            },
+            "texts_validation": {
+                "examples": 100,
+                "tokens": 2000,
+                "longest": 99,
+                "truncated": 0,
+                "queries_cut": 0,
+                "too_long": 0,
+            },
+        },
+        "fertility": {
+            "texts": {
+                "tokens_per_word": 1.25,
+                "bytes_per_token": 3.5,
+                "unknown": 0,
+                "changed_by_round_trip": 0,
+                "words": 1600,
+            }
+        },
+    },
     "samples": [[{"query": "<script>alert('&')</script>", "reference": 'A "red" hat.', "answer": "A <b>hat</b>."}]],
 }
 HISTORIES = {"joint": [{"step": 1, "loss": 6.5, "lr": 0.1}, {"step": 2, "loss": 5.0, "lr": 0.1}], "memory": []}
 
 
 def _unasked() -> dict[str, Any]:
-    return {**copy.deepcopy(REPORT), "recall": {}, "recall_overall": dict(UNASKED)}
+    return {**copy.deepcopy(REPORT), "recall": {}, "recall_by_task": {}, "recall_overall": dict(UNASKED)}
 
 
 def test_table_holds_every_measurement_within_100_columns() -> None:
@@ -92,6 +142,27 @@ def test_baselines_take_no_columns_where_no_stage_has_them() -> None:
     report["stages"][0]["baselines"] = None
     assert "unigram" in render_table(REPORT)
     assert "unigram" not in render_table(report)
+
+
+def _shown(report: dict[str, Any]) -> list[list[list[str]]]:
+    """The words of each line of what the terminal shows of a run and of an evaluation, and of the page."""
+    page = render_html(report, {"recall": b"png", "losses": b"png"}).replace("</tr>", "\n")
+    return [
+        [re.sub("<[^>]*>", " ", line).split() for line in text.splitlines()]
+        for text in (render_table(report), render_evaluation(report), page)
+    ]
+
+
+def test_recall_by_task_is_shown_where_there_are_several_tasks() -> None:
+    entry = {"with_memory": 0.25, "reset": 0.05, "gain": 0.2, "count": 1717}
+    several = {**REPORT, "recall_by_task": {**REPORT["recall_by_task"], "two_facts": entry}}
+    for lines in _shown(several):
+        assert ["recall", "80.0", "%", "22.5", "%", "+57.5", "pt", "40"] in lines
+        assert ["two_facts", "25.0", "%", "5.0", "%", "+20.0", "pt", "1,717"] in lines
+    for report in (REPORT, _unasked()):
+        for lines in _shown(report):
+            assert not any(line[:1] == ["task"] or line[:2] == ["recall", "80.0"] for line in lines)
+    assert max(map(len, render_table(several).splitlines())) <= 100
 
 
 def test_page_escapes_what_models_and_people_wrote_and_needs_nothing_from_outside() -> None:
@@ -145,3 +216,20 @@ def test_failed_write_keeps_the_report_that_was_there(tmp_path: Path, monkeypatc
     with pytest.raises(ArtifactError, match="no space left"):
         write_report(tmp_path, _unasked(), {})
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_what_the_data_lost_is_said_in_the_terminal_and_shown_on_the_page() -> None:
+    table = render_table(REPORT)
+    assert (
+        "Data: 2 bad rows set aside, 1 training rows that repeat held-out ones, 7 answers cut at the window." in table
+    )
+    page = render_html(REPORT, {"recall": b"png", "losses": b"png"})
+    assert "&lt;empty&gt;" in page
+    for number in ("2,003", "41,500", "1.250", "3.500"):
+        assert f">{number}<" in page
+    clean = copy.deepcopy(REPORT)
+    for sources in clean["data"]["validation"]["texts"].values():
+        sources[0] |= {"bad": {}, "duplicates": 0}
+    clean["data"]["tokens"]["texts_train"]["truncated"] = 0
+    assert "Data:" not in render_table(clean)
+    assert "set aside because" not in render_html(clean, {"recall": b"png", "losses": b"png"})

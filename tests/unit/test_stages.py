@@ -11,11 +11,12 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from rxt_platform.config.stages import LabelWeights, StageConfig
-from rxt_platform.data.batches import Batch, Example, collate
+from rxt_platform.data.batches import Batch, collate
+from rxt_platform.data.examples import Example
 from rxt_platform.model.parameters import component_of
 from rxt_platform.model.transformer import ReactiveTransformer
 from rxt_platform.stages.base import LossReport, Phase, Stage, phase_at
-from rxt_platform.stages.build import build_stage, mask_probability, row_kind
+from rxt_platform.stages.build import build_stage, mask_probability
 from rxt_platform.stages.memory_aware import turn_groups
 from rxt_platform.stages.memory_pretraining import by_slot, label_weight
 from tests.unit.helpers import FIRST_WORD, batch_of, conversation, gradients, rows_of, tiny_config, tiny_model
@@ -48,10 +49,13 @@ def stage_of(kind: str, examples: Sequence[Example] = TALKS, **settings: Any) ->
     """A stage over these rows; all of them are one batch."""
     raw: dict[str, Any] = {"kind": kind, "epochs": 100, "global_batch_size": len(examples)}
     raw["optimizer"] = {"learning_rate": 1e-3}
+    raw["bucket_batches"] = 1
+    if kind == "joint_pretraining":
+        raw["packing"] = 0
     if kind in ("joint_pretraining", "interaction_sft"):
         settings["loss"] = {"decoder_only": 0.0, **settings.get("loss", {})}
     config: StageConfig = TypeAdapter(StageConfig).validate_python({**raw, **settings})
-    return build_stage(config, examples, seed=3)
+    return build_stage(config, examples, seed=3, window=24)
 
 
 def loss_of(stage: Stage, model: ReactiveTransformer, batch: Batch, phase: Phase | None = None) -> LossReport:
@@ -140,7 +144,7 @@ def test_every_phase_trains_exactly_its_components(kind: str) -> None:
 
 def test_stages_read_the_rows_and_settings_of_their_kind() -> None:
     stages = {kind: stage_of(kind, ROWS[kind]).config for kind in KINDS}
-    assert [row_kind(config) for config in stages.values()] == [
+    assert [config.section for config in stages.values()] == [
         "texts",
         "interactions",
         "conversations",

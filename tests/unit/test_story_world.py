@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections import Counter
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -19,19 +20,20 @@ from rxt_platform.data.rows import (
     interaction_from_row,
     interaction_to_row,
 )
-from rxt_platform.data.story_world import (
+from rxt_platform.data.story_tasks import MAX_TURNS, MIN_TURNS
+from rxt_platform.data.story_words import (
+    ALL_KNOWN,
     ATTRIBUTES,
     CHARACTERS,
     GREETINGS,
-    MAX_TURNS,
-    MIN_TURNS,
     SMALL_TALK,
-    STORY_WORLD_VERSION,
+    Dice,
     Fact,
-    Split,
-    StoryWorld,
+    answers_joined,
     facts_of_split,
+    questions_joined,
 )
+from rxt_platform.data.story_world import STORY_WORLD_VERSION, TASKS, Split, StoryWorld, Task
 
 ATTRIBUTE_OF_VALUE = {value: name for name, attribute in ATTRIBUTES.items() for value in attribute.values}
 
@@ -59,20 +61,28 @@ def texts(split: Split, count: int) -> list[str]:
     """`count` rows of every kind, as text."""
     world = StoryWorld(seed=3)
     turns = [turn for turns in (4, 9) for row in world.conversations(split, count, turns) for turn in row.interactions]
+    turns += [turn for row in world.conversations(split, count, 9, TASKS) for turn in row.interactions]
     turns += world.interactions(split, count)
     return world.stories(split, count) + [f"{turn.query} {turn.answer}" for turn in turns]
 
 
+def turn_as_text(turn: Interaction) -> str:
+    """A form that stays the same when the row classes get new fields."""
+    key = turn.recall
+    shown = key and f"Recall(span={key.spans[0]!r}, distance={key.distance}, long_range={key.long_range})"
+    return f"Interaction(query={turn.query!r}, answer={turn.answer!r}, recall={shown})"
+
+
 def rows_as_text(world: StoryWorld, split: Split, count: int) -> list[str]:
-    return [
-        repr(row)
-        for rows in (
-            world.stories(split, count),
-            world.interactions(split, count),
-            world.conversations(split, count),
-        )
-        for row in rows
-    ]
+    rows = [repr(story) for story in world.stories(split, count)]
+    rows += [turn_as_text(turn) for turn in world.interactions(split, count)]
+    for row in world.conversations(split, count):
+        rows.append(f"Conversation(interactions=({', '.join(map(turn_as_text, row.interactions))}))")
+    return rows
+
+
+def questions(conversations: list[Conversation]) -> list[Recall]:
+    return [turn.recall for row in conversations for turn in row.interactions if turn.recall]
 
 
 def test_same_seed_gives_the_same_rows_and_another_seed_or_split_others() -> None:
@@ -86,6 +96,11 @@ def test_rows_are_the_published_ones_of_this_version() -> None:
     """A change of any row, by an edit or by another Python or machine, must raise STORY_WORLD_VERSION."""
     text = "\n".join(rows_as_text(StoryWorld(0), "train", 200) + rows_as_text(StoryWorld(0), "validation", 200))
     assert (STORY_WORLD_VERSION, hashlib.sha256(text.encode()).hexdigest()[:16]) == (1, "808aaf6172c13261")
+    long = [turn for row in StoryWorld(0).conversations("train", 50, 16) for turn in row.interactions]
+    assert hashlib.sha256("\n".join(map(turn_as_text, long)).encode()).hexdigest()[:16] == "1cc40cb86ea1b9a0"
+    mixed = [row for turns in (4, 18) for row in StoryWorld(0).conversations("train", 100, turns, TASKS)]
+    text = "\n".join(json.dumps(conversation_to_row(row)) for row in mixed)
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "1bff5c59c5ddbcc9"
 
 
 def test_a_row_does_not_depend_on_how_many_are_asked_for() -> None:
@@ -93,6 +108,20 @@ def test_a_row_does_not_depend_on_how_many_are_asked_for() -> None:
     assert world.stories("train", 100)[:7] == world.stories("train", 7)
     assert world.interactions("train", 100)[:7] == world.interactions("train", 7)
     assert world.conversations("train", 100, 6)[:7] == world.conversations("train", 7, 6)
+    assert world.conversations("train", 100, 6, TASKS)[:7] == world.conversations("train", 7, 6, TASKS)
+
+
+def test_order_of_the_tasks_does_not_matter_and_recall_alone_is_the_default() -> None:
+    world = StoryWorld(5)
+    assert world.conversations("train", 20, 6, ("update", "recall")) == world.conversations(
+        "train", 20, 6, ["recall", "update", "recall"]
+    )
+    assert world.conversations("train", 20, 6, ("recall",)) == world.conversations("train", 20, 6)
+
+
+def test_thousands_of_stories_are_distinct() -> None:
+    stories = StoryWorld(0).stories("train", 10_000)
+    assert len(set(stories)) >= 9_900
 
 
 def test_values_are_divided_between_the_splits_and_each_is_equally_common_in_both() -> None:
@@ -136,7 +165,8 @@ def test_answer_key_names_the_turn_that_told_the_fact(turns: int) -> None:
                 told |= dict.fromkeys(facts, turn)
                 continue
             (fact,) = facts
-            assert row.recall.span == fact.value
+            assert row.recall.spans == (fact.value,)
+            assert row.recall.task == "recall"
             assert fact.value in words(row.answer)
             assert fact.value not in row.query
             assert fact not in asked
@@ -150,12 +180,138 @@ def test_answer_key_names_the_turn_that_told_the_fact(turns: int) -> None:
 
 def test_distances_are_balanced_in_conversations_of_four_turns() -> None:
     conversations = StoryWorld(0).conversations("train", 2000)
-    recalls = [turn.recall for row in conversations for turn in row.interactions if turn.recall]
+    recalls = questions(conversations)
     counts = Counter(recall.distance for recall in recalls)
     assert set(counts) == {1, 2, 3}
     assert min(counts.values()) >= 0.2 * len(recalls)
     assert len(recalls) >= 0.5 * 3 * len(conversations)
     assert sum(recall.long_range for recall in recalls) >= 0.15 * len(recalls)
+
+
+@pytest.mark.parametrize("tasks", [("recall",), TASKS])
+def test_every_distance_up_to_16_occurs_in_conversations_of_18_turns(tasks: tuple[Task, ...]) -> None:
+    counts = Counter(recall.distance for recall in questions(StoryWorld(0).conversations("train", 2000, 18, tasks)))
+    assert all(counts[distance] >= 20 for distance in range(1, 17)), counts
+
+
+@dataclass
+class Ledger:
+    """What a reader of a conversation's text knows after some turns; keeps no account of how it was made."""
+
+    facts: dict[tuple[str, str], list[tuple[str, int]]] = field(default_factory=dict)  # (value, turn), newest last
+    friends: dict[str, tuple[str, int]] = field(default_factory=dict)
+    about: list[set[str]] = field(default_factory=list)
+
+    def read(self, turn: int, text: str) -> None:
+        for sentence in sentences(text):
+            friends = re.fullmatch(r"(?:The best friend of (\w+)|(\w+)'s best friend) is (\w+)\.", sentence)
+            if friends:
+                name = friends[1] or friends[2]
+                assert name not in self.friends
+                self.friends[name] = (friends[3], turn)
+            for fact in facts_in(sentence):
+                values = self.facts.setdefault((fact.character, fact.attribute), [])
+                assert bool(values) == ("now" in words(sentence.lower())), sentence
+                values.append((fact.value, turn))
+
+    def answer(self, query: str) -> tuple[Task, tuple[str, ...], list[int], set[str]]:
+        """The task of a question, its spans, the turns that tell what it needs and the characters it needs."""
+        (name,) = (word for word in words(query) if word in CHARACTERS)
+        if query in [template.format(n=name) for template in ALL_KNOWN]:
+            known = [values[-1] for (character, _), values in self.facts.items() if character == name]
+            assert len({turn for _, turn in known}) > 1
+            return "cumulative", tuple(value for value, _ in known), [turn for _, turn in known], {name}
+        if "best friend" in query:
+            friend, told = self.friends[name]
+            (attribute,) = asked_attributes(query.replace(f"{name}'s best friend", name), name)
+            value, since = self.facts[friend, attribute][-1]
+            rivals = [whose for whose, other in self.facts if other == attribute and whose != friend]
+            assert rivals, "the friend need not be known"
+            return "two_facts", (friend, value), [told, since], {name, friend}
+        asked = [self.facts[name, attribute] for attribute in asked_attributes(query, name)]
+        task: Task = "several" if len(asked) > 1 else "update" if len(asked[0]) > 1 else "recall"
+        return task, tuple(values[-1][0] for values in asked), [values[-1][1] for values in asked], {name}
+
+
+def asked_attributes(query: str, name: str) -> list[str]:
+    def unnamed(text: str, who: str) -> str:
+        return re.sub(rf"\b({who}|he|she)\b('s)?|\b(his|her)\b", "X", text).lower().rstrip("?")
+
+    wanted = {unnamed(q.format(n="N"), "N"): key for key, value in ATTRIBUTES.items() for q in value.questions}
+    return [wanted[unnamed(part, name)] for part in re.split(r", | and ", query)]
+
+
+@pytest.mark.parametrize("turns", [MIN_TURNS, 3, 4, 8, MAX_TURNS])
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_answer_key_of_every_task_follows_from_what_was_told(split: Split, turns: int) -> None:
+    for conversation in StoryWorld(0).conversations(split, 300, turns, TASKS):
+        ledger = Ledger()
+        said: list[set[str]] = []  # value words, by turn
+        assert len(conversation.interactions) == turns
+        assert conversation.interactions[-1].recall
+        for turn, row in enumerate(conversation.interactions):
+            text = f"{row.query} {row.answer}"
+            if row.recall is None:
+                ledger.read(turn, text)
+            else:
+                task, spans, told, names = ledger.answer(row.query)
+                since = min(told)
+                between = ledger.about[since + 1 :]
+                long_range = bool(between) and not any(names & others for others in between)
+                assert row.recall == Recall(spans, turn - since, long_range, task)
+                listed = [word for word in words(row.answer) if word in spans or word in ATTRIBUTE_OF_VALUE]
+                assert listed == list(spans)
+                assert not set(words(row.query)) & set(ATTRIBUTE_OF_VALUE)
+                values = set(spans) & set(ATTRIBUTE_OF_VALUE)
+                assert sum(len(values & turn_said) for turn_said in said) == len(values)  # told once, said by no other
+            ledger.about.append({word for word in words(text) if word in CHARACTERS})
+            said.append(set(words(text)) & set(ATTRIBUTE_OF_VALUE))
+
+
+@pytest.mark.parametrize("turns", [4, 8, MAX_TURNS])
+@pytest.mark.parametrize("tasks", [*((task,) for task in TASKS), ("several", "update"), ("recall", "two_facts"), TASKS])
+def test_every_task_asked_for_is_well_represented(tasks: tuple[Task, ...], turns: int) -> None:
+    conversations = StoryWorld(0).conversations("train", 400, turns, tasks)
+    counts = Counter(recall.task for recall in questions(conversations))
+    assert set(counts) == set(tasks)
+    assert min(counts.values()) >= 0.6 * sum(counts.values()) / len(tasks)
+    assert sum(counts.values()) >= 0.2 * turns * len(conversations)
+    if turns == MAX_TURNS:
+        mixed = [{recall.task for recall in questions([row])} for row in conversations]
+        assert sum(map(len, mixed)) >= 0.8 * len(tasks) * len(conversations)  # one conversation mixes them
+
+
+def test_several_facts_are_asked_and_answered_in_one_readable_sentence() -> None:
+    facts = [Fact("Lily", "place", "river"), Fact("Lily", "colour", "red"), Fact("Lily", "food", "cake")]
+    asked = "Where does Lily live, what colour is her hat and what does she like to eat?"
+    assert questions_joined(Dice("any"), facts) == asked
+    assert answers_joined(facts) == "Lily lives near the river, her hat is red and she likes to eat cake."
+    facts = [Fact("Tom", "place", "river"), Fact("Tom", "colour", "red")]
+    assert questions_joined(Dice("any"), facts) == "Where does Tom live and what colour is his hat?"
+    assert answers_joined(facts) == "Tom lives near the river and his hat is red."
+
+
+def test_guessing_from_the_question_does_not_pay() -> None:
+    """A guesser gives the most common answer that the question had in 4,000 training conversations."""
+    seen: dict[str, Counter[tuple[str, ...]]] = defaultdict(Counter)
+    world = StoryWorld(0)
+    rows = world.conversations("train", 5000, 8, TASKS)
+    for conversation in rows[:4000]:
+        for turn in conversation.interactions:
+            if turn.recall:
+                seen[turn.query][turn.recall.spans] += 1
+    guess = {query: answers.most_common(1)[0][0] for query, answers in seen.items()}
+    right, asked = Counter[str](), Counter[str]()
+    for conversation in rows[4000:]:
+        for turn in conversation.interactions:
+            if turn.recall:
+                asked[turn.recall.task] += 1
+                right[turn.recall.task] += guess.get(turn.query) == turn.recall.spans
+    for task, share in {"recall": 1 / 9, "update": 1 / 9, "several": 0, "two_facts": 0, "cumulative": 0}.items():
+        assert asked[task] > 250
+        assert right[task] / asked[task] < share + 0.03, task
+    for conversation in world.conversations("validation", 500, 8, TASKS):
+        assert not any(turn.recall and guess.get(turn.query) == turn.recall.spans for turn in conversation.interactions)
 
 
 def test_two_characters_share_an_attribute_often_enough_that_binding_matters() -> None:
@@ -173,6 +329,7 @@ def test_two_characters_share_an_attribute_often_enough_that_binding_matters() -
 def test_vocabulary_is_small() -> None:
     world = StoryWorld(0)
     turns = [turn for row in world.conversations("train", 1000) for turn in row.interactions]
+    turns += [turn for row in world.conversations("train", 1000, 8, TASKS) for turn in row.interactions]
     text = world.stories("train", 2000) + [f"{turn.query} {turn.answer}" for turn in turns]
     assert len({word for line in text for word in words(line)}) <= 400
 
@@ -185,6 +342,9 @@ def test_stories_and_turns_are_short() -> None:
         assert 2 <= len(facts_in(story)) <= 3
     for conversation in world.conversations("train", 1000, 8):
         assert all(len(f"{turn.query} {turn.answer}".split()) <= 24 for turn in conversation.interactions)
+    for conversation in world.conversations("train", 1000, 8, TASKS):
+        assert all(len(f"{turn.query} {turn.answer}".split()) <= 36 for turn in conversation.interactions)
+        assert all(turn.query[0].isupper() and turn.answer[0].isupper() for turn in conversation.interactions)
 
 
 def test_single_interactions_are_mixed_as_stated_and_answer_from_their_own_query() -> None:
@@ -212,15 +372,21 @@ def test_single_interactions_are_mixed_as_stated_and_answer_from_their_own_query
 
 
 def test_impossible_requests_say_what_is_possible() -> None:
-    with pytest.raises(ValueError, match=r"turns must be 2\.\.16, got 17"):
-        StoryWorld(0).conversations("train", 1, turns=17)
+    with pytest.raises(ValueError, match=r"turns must be 2\.\.20, got 21"):
+        StoryWorld(0).conversations("train", 1, turns=21)
+    with pytest.raises(ValueError, match="unknown task 'sum'; use some of recall, several, update, two_facts, cum"):
+        StoryWorld(0).conversations("train", 1, tasks=("recall", "sum"))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="tasks update, cumulative take 3 turns at least, got 2; use some of recall"):
+        StoryWorld(0).conversations("train", 1, turns=2, tasks=("update", "cumulative"))
+    with pytest.raises(ValueError, match="no task was given; use some of recall"):
+        StoryWorld(0).conversations("train", 1, tasks=())
     with pytest.raises(ValueError, match="unknown split 'test'; use one of train, validation"):
         StoryWorld(0).stories("test", 1)  # type: ignore[arg-type]
 
 
 def test_rows_survive_json() -> None:
     world = StoryWorld(0)
-    for conversation in world.conversations("train", 200, 5):
+    for conversation in world.conversations("train", 200, 5) + world.conversations("train", 200, 5, TASKS):
         row = json.loads(json.dumps(conversation_to_row(conversation)))
         assert set(row) == {"query", "answer", "interactions"}
         assert len(row["interactions"]) == 4
@@ -229,7 +395,7 @@ def test_rows_survive_json() -> None:
         assert conversation_from_row({"interactions": listed}) == conversation
     single = world.interactions("train", 1)[0]
     assert conversation_from_row(interaction_to_row(single)) == Conversation((single,))
-    question = Interaction("Where?", "Near the hill.", Recall("hill", 2, True))
+    question = Interaction("Where?", "Near the hill.", Recall(("hill",), 2, True))
     assert interaction_from_row(interaction_to_row(question)) == question
 
 

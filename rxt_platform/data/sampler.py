@@ -1,0 +1,178 @@
+"""Which rows a step trains on: a function of (seed, step) alone.
+
+So resuming needs no sampler state, and any number of workers sees the same batches. An epoch is a permutation by (seed,
+epoch) in which each row stands once (with weights: as often as its source's weight says); batches run on across its end.
+Two things save padding:
+
+- packing: several texts share a row of the model's window, chosen once (`data/packing.py`);
+- length buckets: the rows of `bucket_batches` steps in a row are sorted by length, cut into batches, and the batches'
+  order is shuffled. A row then moves by less than that many steps, and no row is lost or doubled.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import numpy as np
+
+from rxt_platform.data.batches import Batch, collate, derive_seed
+from rxt_platform.data.examples import Example, ExampleSet
+from rxt_platform.data.packing import Packs, pack
+from rxt_platform.errors import DataError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How rows become batches.
+
+    `lessons` are (epochs, turns): conversations are cut to `turns` for that long, one lesson after the other. `capacity`
+    is a packed row's tokens, None without packing. `weights` are those of the sources, in their order.
+    """
+
+    global_batch_size: int
+    seed: int
+    epochs: float = 1.0
+    mask_probability: float = 0.0
+    lessons: Sequence[tuple[float, int]] = ()
+    bucket_batches: int = 1
+    capacity: int | None = None
+    weights: Sequence[float] = ()
+
+
+class BatchSampler:
+    """Batches of a stage's training rows. A row is an example, or with packing a pack of them."""
+
+    def __init__(self, examples: Sequence[Example], sampling: Sampling) -> None:
+        if not len(examples):
+            raise DataError("no rows to train on")
+        self.examples = examples if isinstance(examples, ExampleSet) else ExampleSet(examples)
+        self.sampling = sampling
+        self.global_batch_size = sampling.global_batch_size
+        self._lengths, self._starts = self.examples.turn_lengths
+        sources = self.examples.sources
+        self._packs = self._pack(sources) if sampling.capacity else None
+        if self._packs is not None:
+            sources = sources[self._packs.order[self._packs.starts[:-1]]]
+        self._plan = _EpochPlan(sources, sampling.weights, sampling.seed)
+        self.rows = self._plan.size
+        self.total_steps = self.steps(sampling.epochs)
+        ends = accumulate(epochs for epochs, _ in sampling.lessons)
+        self._lessons = [(self.steps(end), turns) for end, (_, turns) in zip(ends, sampling.lessons, strict=True)]
+        self._bucket = (-1, np.empty(0, dtype=np.int64))
+
+    def steps(self, epochs: float) -> int:
+        """Steps that `epochs` passes over the rows take (at least one)."""
+        return max(1, round(epochs * self.rows / self.global_batch_size))
+
+    def global_batch(self, step: int) -> Batch:
+        """The whole batch of a step (counted from 0)."""
+        sampling = self.sampling
+        rows = self._rows(step).tolist()
+        seeds = [derive_seed(sampling.seed, step, i) for i in range(self.global_batch_size)]
+        if self._packs is not None:
+            members = [self._packs.documents(row).tolist() for row in rows]
+            examples = [self.examples[i] for group in members for i in group]
+            return collate(examples, seeds, rows, sampling.mask_probability, [len(group) for group in members])
+        turns = self._turns_at(step)
+        examples = [self.examples[row].first_turns(turns) for row in rows]
+        return collate(examples, seeds, rows, sampling.mask_probability)
+
+    def place(self, row: int) -> str:
+        """Where a row of a batch comes from: file:row, of a pack those of all its texts."""
+        members = [row] if self._packs is None else self._packs.documents(row).tolist()
+        return " + ".join(self.examples.place(index) for index in members)
+
+    def _pack(self, sources: np.ndarray) -> Packs:
+        """Each source packed by itself, so that a pack has its source's weight."""
+        if (np.diff(self._starts) != 1).any():
+            raise DataError("only texts can be packed: these rows have several turns")
+        assert self.sampling.capacity is not None
+        packs = []
+        for source in np.unique(sources):
+            members = np.flatnonzero(sources == source)
+            made = pack(self._lengths[members], self.sampling.capacity, self.sampling.seed)
+            packs.append((members[made.order], np.diff(made.starts)))
+        counts = np.concatenate([sizes for _, sizes in packs])
+        return Packs(np.concatenate([order for order, _ in packs]), np.concatenate([[0], np.cumsum(counts)]))
+
+    def _turns_at(self, step: int) -> int | None:
+        return next((turns for end, turns in self._lessons if step < end), None)
+
+    def _rows(self, step: int) -> np.ndarray:
+        """Row numbers of a step's batch [global_batch_size]."""
+        size = self.global_batch_size
+        if self.sampling.bucket_batches == 1 or self._packs is not None:
+            return self._plan.rows(step * size, (step + 1) * size)
+        first, last = self._bucket_of(step)
+        if self._bucket[0] != first:
+            rows = self._plan.rows(first * size, last * size)
+            longest, turns = self._extent(rows, self._turns_at(step))
+            batches = rows[np.lexsort((longest, turns))].reshape(last - first, size)
+            order = np.random.default_rng([self.sampling.seed, 2, first]).permutation(last - first)
+            self._bucket = (first, batches[order])
+        batch: np.ndarray = self._bucket[1][step - first]
+        return batch
+
+    def _bucket_of(self, step: int) -> tuple[int, int]:
+        """First step of the bucket of `step` and one past its last: none reaches over a lesson's or the stage's end."""
+        bounds = [0, *(end for end, _ in self._lessons), self.total_steps]
+        start = max(bound for bound in bounds if bound <= step)
+        end = min((bound for bound in bounds if bound > step), default=None)
+        first = step - (step - start) % self.sampling.bucket_batches
+        last = first + self.sampling.bucket_batches
+        return first, last if end is None else min(last, end)
+
+    def _extent(self, rows: np.ndarray, turns: int | None) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of the longest turn and number of turns of some rows, cut to their first `turns`."""
+        starts, counts = self._starts[rows], self._starts[rows + 1] - self._starts[rows]
+        if turns is not None:
+            counts = np.minimum(counts, turns)
+        longest = np.zeros(len(rows), dtype=np.int64)
+        for turn in range(int(counts.max())):
+            has = counts > turn
+            longest[has] = np.maximum(longest[has], self._lengths[starts[has] + turn])
+        return longest, counts
+
+
+class _EpochPlan:
+    """The order of rows in each epoch."""
+
+    def __init__(self, sources: np.ndarray, weights: Sequence[float], seed: int) -> None:
+        self._seed = seed
+        self._members = [np.flatnonzero(sources == number) for number in range(int(sources.max()) + 1)]
+        given = list(weights) or [1.0] * len(self._members)
+        self._whole = [int(weight) for weight in given[: len(self._members)]]
+        self._part = [
+            round((weight - int(weight)) * len(members)) for weight, members in zip(given, self._members, strict=False)
+        ]
+        self.size = sum(n * len(m) + part for n, m, part in zip(self._whole, self._members, self._part, strict=True))
+        if not self.size:
+            raise DataError(f"the sources' weights {given} leave no row in an epoch: raise them")
+        self._epoch = -1
+        self._rows = np.empty(0, dtype=np.int64)
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """Rows at positions start..stop of all epochs, one after the other."""
+        parts = []
+        while start < stop:
+            epoch, offset = divmod(start, self.size)
+            taken = self._of_epoch(epoch)[offset : offset + stop - start]
+            parts.append(taken)
+            start += len(taken)
+        return np.concatenate(parts)
+
+    def _of_epoch(self, epoch: int) -> np.ndarray:
+        if epoch != self._epoch:
+            rows = np.concatenate([part for number in range(len(self._members)) for part in self._drawn(number, epoch)])
+            order = np.random.default_rng([self._seed, 1, epoch]).permutation(len(rows))
+            self._epoch, self._rows = epoch, rows[order]
+        return self._rows
+
+    def _drawn(self, source: int, epoch: int) -> list[np.ndarray]:
+        """A source's rows in an epoch: the whole part of its weight, then those whose turn it is for the rest."""
+        members, part = self._members[source], self._part[source]
+        drawn = [members] * self._whole[source]
+        if part:
+            turn = np.random.default_rng([self._seed, 3, source]).permutation(members)
+            drawn.append(np.take(turn, np.arange(epoch * part, (epoch + 1) * part), mode="wrap"))
+        return drawn

@@ -1,0 +1,70 @@
+"""The steps before training: corpus, tokenizer and token shards. What input can get wrong is found here."""
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from rxt_platform.config.run import RunConfig
+from rxt_platform.data.corpus import build_corpus, training_texts
+from rxt_platform.data.fertility import measure_fertility
+from rxt_platform.data.tokenizer import RxtTokenizer
+from rxt_platform.model.files import TOKENIZER
+from rxt_platform.orchestration import ray_jobs
+from rxt_platform.orchestration.plan import PREPARED, Step
+from rxt_platform.orchestration.steps import commit_step
+from rxt_platform.orchestration.tokens import make_tokens, needs_workers
+
+FERTILITY = "fertility.json"
+
+
+def prepare(config: RunConfig, plan: list[Step], connect: Callable[[], object]) -> list[str]:
+    """Make what is not finished of the plan's first steps; returns the names of those that were made.
+
+    `connect` is called when Ray is needed: only for a corpus that is worth several tasks.
+    """
+    corpus, tokenizer, tokens = plan[: len(PREPARED)]
+    made = []
+    if corpus.finished() is None:
+        make_corpus(config, corpus)
+        made.append(corpus.name)
+    if tokenizer.finished() is None:
+        make_tokenizer(config, tokenizer, corpus.artifact)
+        made.append(tokenizer.name)
+    if tokens.finished() is None:
+        on_workers = None
+        if needs_workers(corpus.artifact):
+            connect()
+            on_workers = ray_jobs.each
+        make_tokens(config, tokens, corpus.artifact, tokenizer.artifact, on_workers)
+        made.append(tokens.name)
+    return made
+
+
+def make_corpus(config: RunConfig, step: Step) -> None:
+    """Read and validate every row. Raises DataError for bad ones."""
+    metrics: dict[str, float] = {}
+    started = time.monotonic()
+    with commit_step(step, metrics) as folder:
+        metrics |= build_corpus(config.data, folder)
+        metrics["seconds"] = time.monotonic() - started
+
+
+def make_tokenizer(config: RunConfig, step: Step, corpus: Path) -> None:
+    """Train the tokenizer, or take over that of the model which the run starts from; measure it on held-out rows."""
+    metrics: dict[str, float] = {}
+    started = time.monotonic()
+    with commit_step(step, metrics) as folder:
+        if step.start is not None:
+            shutil.copyfile(step.start / TOKENIZER, folder / TOKENIZER)
+        else:
+            settings = config.data.tokenizer
+            texts = training_texts(corpus, settings.max_bytes)
+            RxtTokenizer.train(texts, config.model.vocab_size, settings.min_frequency).save(folder / TOKENIZER)
+        tokenizer = RxtTokenizer.load(folder / TOKENIZER)
+        fertility = measure_fertility(tokenizer, corpus)
+        (folder / FERTILITY).write_text(json.dumps(fertility, indent=2))
+        metrics["vocab_size"] = tokenizer.vocab_size
+        metrics |= {f"{section}_tokens_per_word": one["tokens_per_word"] for section, one in fertility.items()}
+        metrics["seconds"] = time.monotonic() - started
