@@ -1,12 +1,12 @@
 """What batches are made of: real tokens, exact resume, packed against unpacked loss, and a loader that keeps up.
 
-    python benchmarks/data_batches.py --root /path/to/data      # tinystories/ and fairytaleqa/, see the recipe tinystories
-    python benchmarks/data_batches.py                           # the story world
+    python benchmarks/data_batches.py --root /path/to/data   # that of pipelines/configs/tinystories.yaml
+    python benchmarks/data_batches.py                        # the story world
 
-On texts and interactions at the window of a preset: the share of real tokens with naive padding, length buckets and packing;
-the sequence of batch hashes of a run that is stopped after random steps, with 1, 2 and 4 workers, against the uninterrupted
-one; the loss of packed rows against the same texts one a row; and the loader's tokens per second against what a training
-step of the preset consumes. Exits with 1 when hashes or losses differ.
+On texts and interactions at the window of a preset: the share of real tokens with naive padding, length buckets and
+packing; the sequence of batch hashes of a run that is stopped after random steps, with 1, 2 and 4 workers, against the
+uninterrupted one; the loss of packed rows against the same texts one a row; and the loader's tokens per second against
+what a training step of the preset consumes. Exits with 1 when hashes or losses differ.
 """
 
 import random

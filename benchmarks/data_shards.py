@@ -1,10 +1,10 @@
-"""How fast a large text corpus becomes token shards, in how much memory, and whether the number of workers changes them.
+"""How fast a large text corpus becomes token shards, in how much memory, and whether more workers change them.
 
     python benchmarks/data_shards.py --gigabytes 2 --folder /tmp/shards
 
-Writes that much plain text (the story world's sentences, newly mixed), builds the corpus from it, trains a tokenizer, and
-makes the shards with one and with two Ray workers of one CPU. Exits with 1 when the shards differ by a byte. Peak memory is
-the resident set of the process that does the work.
+Writes that much plain text (the story world's sentences, newly mixed), builds the corpus from it, trains a tokenizer,
+and makes the shards with one and with two Ray workers of one CPU. Exits with 1 when the shards differ by a byte. Peak
+memory is the resident set of the process that does the work.
 """
 
 import json
@@ -119,10 +119,11 @@ def main(gigabytes: float, folder: Path) -> None:
     print(f"tokenizer  {time.monotonic() - started:.0f} s from 64 MiB of it, peak so far {peak_memory():.0f} MiB")
     plans = plan_shards(corpus)
     hashes, times = [], []
+    size = texts_of(plans)
     for workers, seconds, peak, made in arms(folder, corpus, plans):
         print(
-            f"{workers} worker{'s' if workers > 1 else ' '}  {len(plans)} shards, {texts_of(plans):,.0f} MB in {seconds:.0f} s: "
-            f"{texts_of(plans) / seconds:.1f} MB/s, peak of a worker {peak:.0f} MiB",
+            f"{workers} worker{'s' if workers > 1 else ' '}  {len(plans)} shards, {size:,.0f} MB in {seconds:.0f} s: "
+            f"{size / seconds:.1f} MB/s, peak of a worker {peak:.0f} MiB",
             flush=True,
         )
         hashes.append(made)
@@ -130,7 +131,8 @@ def main(gigabytes: float, folder: Path) -> None:
     rows = TokenShards(folder / "tokens-1", "texts", "train")
     lengths, _ = rows.turn_lengths
     print(
-        f"two workers are {times[0] / times[1]:.2f} times as fast as one; {len(rows):,} examples, {lengths.sum():,} tokens"
+        f"two workers are {times[0] / times[1]:.2f} times as fast as one; "
+        f"{len(rows):,} examples, {lengths.sum():,} tokens"
     )
     print(f"the same bytes: {hashes[0] == hashes[1]} (sha256 over all: {_hash(hashes[0])})")
     sys.exit(0 if hashes[0] == hashes[1] else 1)

@@ -16,9 +16,12 @@ class Table:
     labels: int = 1
 
 
-def text_table(table: Table) -> str:
-    """Aligned columns under a rule."""
-    lines = [[_cut(cell) if index < table.labels else cell for index, cell in enumerate(row)] for row in table.rows]
+def text_table(table: Table, label_width: int = _LABEL_WIDTH) -> str:
+    """Aligned columns under a rule; labels are cut to `label_width` characters."""
+    lines = [
+        [_cut(cell, label_width) if index < table.labels else cell for index, cell in enumerate(row)]
+        for row in table.rows
+    ]
     widths = [max(map(len, column)) for column in zip(table.header, *lines, strict=True)]
     ruled = [list(table.header), ["-" * width for width in widths], *lines]
     return "\n".join(_text_row(row, widths, table.labels) for row in ruled)
@@ -29,8 +32,8 @@ def _text_row(row: Sequence[str], widths: Sequence[int], labels: int) -> str:
     return "  ".join(cell.ljust(width) if i < labels else cell.rjust(width) for i, (cell, width) in enumerate(cells))
 
 
-def _cut(text: str) -> str:
-    return text if len(text) <= _LABEL_WIDTH else text[: _LABEL_WIDTH - 1] + "…"
+def _cut(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: width - 1] + "…"
 
 
 def html_table(table: Table) -> str:

@@ -47,7 +47,7 @@ class StoryWorldSource(SourceBase):
 
 
 class RowsSource(SourceBase):
-    """Rows that somebody wrote down. A training row that repeats a held-out one is left out (`validation.duplicates`)."""
+    """Rows that somebody wrote down; training rows that repeat a held-out one are `validation.duplicates`."""
 
     validation_share: Share = Field(
         0.05,

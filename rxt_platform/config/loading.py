@@ -51,7 +51,8 @@ def describe(error: ValidationError, model: type[BaseModel], raw: Any = None) ->
             near = difflib.get_close_matches(str(loc[-1]), keys, n=3, cutoff=0.5) or keys
             lines.append(f"unknown key '{_key(model, loc, raw)}'; nearest valid: {', '.join(near)}")
         elif item["type"] == "union_tag_invalid":
-            lines.append(f"{_key(model, loc, raw)}: kind {item['ctx']['tag']!r} is none of {item['ctx']['expected_tags']}")
+            kind, known = item["ctx"]["tag"], item["ctx"]["expected_tags"]
+            lines.append(f"{_key(model, loc, raw)}: kind {kind!r} is none of {known}")
         elif item["type"] == "union_tag_not_found":
             lines.append(f"{_key(model, loc, raw)}: missing key 'kind' (is the name a typo?)")
         elif item["type"] == "missing":

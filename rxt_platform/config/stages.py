@@ -70,8 +70,8 @@ class JointPretrainingConfig(StageBase):
     packing: int = Field(
         2,
         ge=0,
-        description="windows of the model that a row is long, filled with texts that don't see each other; 0: one text a "
-        "row, in length buckets, which a CPU computes faster",
+        description="windows of the model that a row is long, filled with texts that don't see each other; "
+        "0: one text a row, in length buckets, which a CPU computes faster",
     )
     loss: JointLossConfig = JointLossConfig()
 

@@ -30,7 +30,8 @@ BAD_ROWS = "bad_rows.jsonl"
 VALIDATION = "validation.json"
 _GROUP_BYTES = 8 * 2**20
 _GROUP_ROWS = 20_000
-_CHECKED_AT_ONCE = 1000  # rows, against the held-out ones
+_CHECKED_AT_ONCE = 1000  # rows, against the held-out ones,
+_CHECKED_BYTES = 2**20  # fewer where they are long: while they are checked, their words take twenty times as much
 _SHOWN = 5  # bad rows in an error message
 _COUNTED_APART = 1000  # reasons for bad rows: some name a position, so that there may be as many as rows
 
@@ -222,7 +223,7 @@ class _SectionBuild:
 
     def _compared(self, rows: Iterator[PlacedRow], split: Split, counts: SourceCounts) -> Iterator[PlacedRow]:
         """Held-out rows are remembered; training rows that repeat one are dropped, as the policy says."""
-        for group in _groups(rows):
+        for group in groups_of_rows(rows):
             good = [row for row in group if row.row is not None]
             texts = ["\n".join(row_texts(row.row)) for row in good if row.row is not None]
             if split == "validation":
@@ -308,14 +309,14 @@ def _interaction_of(value: dict[str, Any]) -> Interaction:
     return Interaction(**{**value, "recall": key and Recall(**{**key, "spans": tuple(key["spans"])})})
 
 
-def _groups(rows: Iterator[PlacedRow]) -> Iterator[list[PlacedRow]]:
+def groups_of_rows(rows: Iterator[PlacedRow]) -> Iterator[list[PlacedRow]]:
     """Rows by the thousand, or fewer where they are long."""
     group: list[PlacedRow] = []
     size = 0
     for row in rows:
         group.append(row)
         size += sum(map(len, row_texts(row.row))) if row.row is not None else len(row.raw)
-        if len(group) >= _CHECKED_AT_ONCE or size >= _GROUP_BYTES:
+        if len(group) >= _CHECKED_AT_ONCE or size >= _CHECKED_BYTES:
             yield group
             group, size = [], 0
     if group:

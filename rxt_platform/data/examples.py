@@ -47,7 +47,7 @@ class Example:
 
 
 class ExampleSet(Sequence[Example]):
-    """Examples with what a sampler needs to know of all of them; over a plain sequence, unless a subclass knows better."""
+    """Examples, and what a sampler needs to know of all of them; over a plain sequence if not a subclass."""
 
     def __init__(self, examples: Sequence[Example]) -> None:
         self._examples = examples

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rxt_platform.config.data import HubSource
-from rxt_platform.data.formats import RawRow
+from rxt_platform.data.raw import RawRow
 from rxt_platform.errors import DataError
 from rxt_platform.storage.directory import file_hash
 

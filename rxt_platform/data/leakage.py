@@ -127,6 +127,12 @@ class HeldOutIndex:
         return _Postings(shingles, rows, self._rows, self.shortest)
 
 
+def words_key(text: str) -> int | None:
+    """A 64-bit number that exact duplicates share: texts of the same words in the same order. None without a word."""
+    words = _words(text)
+    return int.from_bytes(_fingerprint(words)[:8], "little") if words else None
+
+
 class _Postings:
     """Which held-out rows hold a shingle: an inverted index over the rows with `shortest` distinct shingles or more."""
 

@@ -16,8 +16,8 @@ _DEADLINE = 600.0  # seconds for one batch
 def prefetched(make: Callable[[int], Batch], first: int, last: int) -> Iterator[Callable[[], Batch]]:
     """Yields a function that returns `make(first)`, `make(first + 1)`, ... up to `make(last - 1)`.
 
-    What `make` raises is raised by that call; so is DataError when a batch takes longer than ten minutes. The thread ends
-    with the block, whether all batches were taken or not.
+    What `make` raises is raised by that call; so is DataError when a batch takes longer than ten minutes. The thread
+    ends with the block, whether all batches were taken or not.
     """
     ready: queue.Queue[Batch | BaseException] = queue.Queue(_DEPTH)
     done = threading.Event()

@@ -1,7 +1,7 @@
 """Which rows a step trains on: a function of (seed, step) alone.
 
-So resuming needs no sampler state, and any number of workers sees the same batches. An epoch is a permutation by (seed,
-epoch) in which each row stands once (with weights: as often as its source's weight says); batches run on across its end.
+So resuming needs no sampler state, and any number of workers sees the same batches. An epoch is a permutation by
+(seed, epoch) in which each row stands once, or as often as its source's weight says; batches run on across its end.
 Two things save padding:
 
 - packing: several texts share a row of the model's window, chosen once (`data/packing.py`);
@@ -25,8 +25,8 @@ from rxt_platform.errors import DataError
 class Sampling:
     """How rows become batches.
 
-    `lessons` are (epochs, turns): conversations are cut to `turns` for that long, one lesson after the other. `capacity`
-    is a packed row's tokens, None without packing. `weights` are those of the sources, in their order.
+    `lessons` are (epochs, turns): conversations are cut to `turns` for that long, one lesson after the other.
+    `capacity` is a packed row's tokens, None without packing. `weights` are those of the sources, in their order.
     """
 
     global_batch_size: int

@@ -70,8 +70,12 @@ def make_shard(plan: ShardPlan, corpus: Path, encoder: RowEncoder, directory: Pa
         for row, made in zip(group, encoder.encode([one.row for one in group]), strict=True):
             build.add(row, made)
     batch = build.record_batch()
-    with pa.OSFile(str(directory / plan.name), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
-        writer.write_batch(batch)
+    path = directory / plan.name
+    try:
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
+            writer.write_batch(batch)
+    except OSError as error:
+        raise ArtifactError(f"{path}: {batch.nbytes:,} bytes cannot be written: {error}") from error
     return {"section": plan.section, "split": plan.split, "file": plan.name, **build.counts()}
 
 

@@ -28,7 +28,9 @@ from rxt_platform.config.data import (
     StoryWorldSource,
 )
 from rxt_platform.data import hub
-from rxt_platform.data.formats import RawRow, expand, format_of, read_file
+from rxt_platform.data.formats import read_file
+from rxt_platform.data.paths import expand, format_of
+from rxt_platform.data.raw import RawRow
 from rxt_platform.data.rows import (
     HYBRID_COLUMNS,
     Conversation,

@@ -1,9 +1,9 @@
 """Byte-level BPE with the special tokens and the interaction templates of REF section 5.
 
 An interaction is `[BOS][Q]query[A]answer[EOS]`; a hybrid one (REF 3, 4b)
-`[BOS]([I]internal)([Q]query | [U]tool result)([T]think)([A]answer)([C]tool call)[EOS]`. Text is encoded with one space put
-before it, so that a word has the same token at the start of a message as inside one; decoding takes exactly that space
-away, so any text survives. Special tokens that a user types are encoded as ordinary text.
+`[BOS]([I]internal)([Q]query | [U]tool result)([T]think)([A]answer)([C]tool call)[EOS]`. Text is encoded with one space
+put before it, so that a word has the same token at the start of a message as inside one; decoding takes exactly that
+space away, so any text survives. Special tokens that a user types are encoded as ordinary text.
 """
 
 import logging
@@ -60,7 +60,7 @@ class RxtTokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, min_frequency: int = 2) -> Self:
-        """Learn merges of pairs that occur `min_frequency` times. A small corpus may give fewer than `vocab_size` tokens.
+        """Learn merges of pairs that occur `min_frequency` times; a small corpus may give fewer tokens than asked for.
 
         The file works in other programs too: there, one text becomes `[BOS]text[EOS]`, a pair
         `[BOS][Q]query[A]answer[EOS]`, with the ids that stages and chat use.

@@ -63,8 +63,8 @@ def evaluate_conversations(
 ) -> Evaluation:
     """Measure a model on conversations.
 
-    What does not fit the model's window is cut; with `too_long` "quarantine" such a conversation is left out, with "fail"
-    it raises DataError, as does an input of which nothing is left.
+    What does not fit the model's window is cut; with `too_long` "quarantine" such a conversation is left out, with
+    "fail" it raises DataError, as does an input of which nothing is left.
     """
     model.eval()
     with_memory, reset = _Sums(), _Sums()

@@ -145,8 +145,8 @@ class Decoder(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Hidden states of embedded tokens [B, T, D] that read `memory` [L, B, S, D].
 
-        `memory_mask` [B, S], or [B, T, S] where tokens of a row may read different parts of it. `mask` [B, T] is True at
-        real tokens, None without padding; `documents` where a row holds several, which then don't read each other.
+        `memory_mask` [B, S], or [B, T, S] where tokens of a row may read different parts of it. `mask` [B, T] is True
+        at real tokens, None without padding; `documents` where a row holds several, which then don't read each other.
         Returns the states, the mean over mixture layers of each text's balance loss [B, or the documents' count], and
         how many tokens went to each expert [M, E]; a plain tuple, in which ZeRO-3 finds the tensors.
         """

@@ -44,7 +44,7 @@ class RealTokens:
 
 
 class Routed(NamedTuple):
-    """What a mixture gives: output [B, T, D], balance loss of each text [`RealTokens.count`], tokens of each expert [E]."""
+    """Output [B, T, D], balance loss of each text [`RealTokens.count`] and tokens sent to each expert [E]."""
 
     output: Tensor
     balance: Tensor

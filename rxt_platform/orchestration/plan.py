@@ -1,8 +1,8 @@
 """The steps of a run and what identifies each of them: planned before anything is spent (DESIGN 7, 10).
 
-corpus → tokenizer → tokens → one training step for each stage → evaluation. A fingerprint covers a step's settings, its inputs'
-fingerprints, the seed and the code of the rooms it uses, never paths, hosts or worker counts; a finished artifact with
-the same fingerprint is reused.
+corpus → tokenizer → tokens → one training step for each stage → evaluation. A fingerprint covers a step's settings, its
+inputs' fingerprints, the seed and the code of the rooms it uses, never paths, hosts or worker counts; a finished
+artifact with the same fingerprint is reused.
 """
 
 import hashlib

@@ -10,6 +10,7 @@ from rxt_platform.config.run import RunConfig
 from rxt_platform.data.corpus import build_corpus, training_texts
 from rxt_platform.data.fertility import measure_fertility
 from rxt_platform.data.tokenizer import RxtTokenizer
+from rxt_platform.errors import ConfigError
 from rxt_platform.model.files import TOKENIZER
 from rxt_platform.orchestration import ray_jobs
 from rxt_platform.orchestration.plan import PREPARED, Step
@@ -63,6 +64,11 @@ def make_tokenizer(config: RunConfig, step: Step, corpus: Path) -> None:
             texts = training_texts(corpus, settings.max_bytes)
             RxtTokenizer.train(texts, config.model.vocab_size, settings.min_frequency).save(folder / TOKENIZER)
         tokenizer = RxtTokenizer.load(folder / TOKENIZER)
+        if tokenizer.vocab_size > config.model.vocab_size:
+            raise ConfigError(
+                f"the tokenizer has {tokenizer.vocab_size} tokens, model.vocab_size is {config.model.vocab_size}: "
+                "some ids would have no embedding"
+            )
         fertility = measure_fertility(tokenizer, corpus)
         (folder / FERTILITY).write_text(json.dumps(fertility, indent=2))
         metrics["vocab_size"] = tokenizer.vocab_size

@@ -221,7 +221,7 @@ def _report(run: _Run, plan: list[Step], seconds: float) -> Report:
             for outcome in run.outcomes
         ],
         "stages": [_stage_row(outcome, evaluation["baselines"]) for outcome in trained],
-        "data": _data_report(plan),
+        "data": data_report(plan),
         **{name: evaluation[name] for name in ("answer_tokens", "memory_reset", "recall", "recall_by_task", "samples")},
         "recall_overall": mean_recall(evaluation["recall"]),
     }
@@ -233,7 +233,7 @@ def _report(run: _Run, plan: list[Step], seconds: float) -> Report:
     return report
 
 
-def _data_report(plan: list[Step]) -> dict[str, Any]:
+def data_report(plan: list[Step]) -> dict[str, Any]:
     """What the rows were like: validation by source, tokens of each part, the tokenizer's fit."""
     corpus, tokenizer, tokens = (step.artifact for step in plan[: len(PREPARED)])
     return {

@@ -1,7 +1,7 @@
 """The tokens step: shards made in this process, or by Ray tasks where the corpus is large (DESIGN 7).
 
-Shards are the same either way. Ray tasks write into the step's folder on the storage that all nodes share; each runs on one
-CPU with tokenizer threads off, so that nothing forks inside a worker.
+Shards are the same either way. Ray tasks write into the step's folder on the storage that all nodes share; each runs on
+one CPU with tokenizer threads off, so that nothing forks inside a worker.
 """
 
 import time
@@ -26,7 +26,7 @@ _SHOWN = 5
 
 def needs_workers(corpus: Path) -> bool:
     """Whether a corpus is large enough that Ray tasks make its shards sooner than this process alone."""
-    return len({plan.name for plan in plan_shards(corpus) if plan.number}) > 1
+    return sum(plan.number > 0 for plan in plan_shards(corpus)) >= 2
 
 
 def make_tokens(
@@ -69,7 +69,8 @@ def judge_too_long(shards: Sequence[Shard], policy: TooLong, max_bad_share: floa
         raise DataError(f"{listed}: shorten them, use a longer window, or set data.validation.too_long=truncate")
     if len(bad) > max_bad_share * rows:
         raise DataError(
-            f"{len(bad)} of {rows} rows are too long, more than data.validation.max_bad_share {max_bad_share:g}: {listed}"
+            f"{len(bad)} of {rows} rows are too long, more than data.validation.max_bad_share {max_bad_share:g}: "
+            f"{listed}"
         )
 
 

@@ -56,7 +56,8 @@ def test_rerun_reuses_every_step_and_starts_no_ray(
 def test_plan_names_the_field_that_changed_and_what_follows(finished_pipeline: Path) -> None:
     changed = small_run(finished_pipeline, "stages.sft.optimizer.learning_rate=2e-4")
     rows = {row["step"]: row for row in plan_rows(changed)}
-    assert [name for name, row in rows.items() if row["state"] == "cached"] == ["corpus", "tokenizer", "tokens", "pretraining"]
+    cached = [name for name, row in rows.items() if row["state"] == "cached"]
+    assert cached == ["corpus", "tokenizer", "tokens", "pretraining"]
     assert "stage.optimizer.learning_rate: 0.001 → 0.0002" in rows["sft"]["why"]
     assert rows["memory_pretraining"]["why"] == "input model changed"
 

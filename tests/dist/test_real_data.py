@@ -1,15 +1,18 @@
 """The real files that users of this platform train on, where their folder is beside the project."""
 
+import json
 from pathlib import Path
 
 import pytest
 
+from rxt_platform.config.data import DataConfig
 from rxt_platform.config.loading import load_run
 from rxt_platform.config.run import RunConfig
+from rxt_platform.data.corpus import BAD_ROWS, build_corpus
 from rxt_platform.orchestration.plan import build_plan
-from rxt_platform.orchestration.steps import prepare
+from rxt_platform.orchestration.prepare import FERTILITY, prepare
 from rxt_platform.storage.directory import read_manifest
-from tests.support import ROOT, STAGES, Jobs, make_jobs_of
+from tests.support import ROOT, STAGES, Jobs, make_jobs_of, no_ray
 
 DATA = ROOT.parent / "shared" / "data"
 
@@ -25,15 +28,33 @@ def recipe(storage: Path, *overrides: str) -> RunConfig:
     return load_run(config, [f"storage={storage}", f"data.root={DATA}", *overrides])
 
 
-def test_every_row_of_the_real_files_is_read(tmp_path: Path) -> None:
-    """2,316 whole stories and one that was cut off; 1,194 and 154 conversations."""
-    config = recipe(tmp_path)
+@pytest.mark.parametrize("vocabulary", [5000, 7500])
+def test_every_row_of_the_real_files_is_read(tmp_path: Path, vocabulary: int) -> None:
+    """2,316 whole stories and one that was cut off; 1,194 and 154 conversations; every text comes back as it was."""
+    config = recipe(tmp_path, f"model.vocab_size={vocabulary}")
     plan = build_plan(config)
-    prepare(config, plan)
+    prepare(config, plan, no_ray)
     counts = read_manifest(plan[0].artifact).metrics
     assert counts["texts_train"] + counts["texts_validation"] == 2316
-    assert counts["dropped_unfinished_documents"] == 1
+    assert counts["bad_rows"] == 1
+    (bad,) = map(json.loads, (plan[0].artifact / BAD_ROWS).read_text().splitlines())
+    assert (bad["file"], bad["row"], bad["column"]) == ("tinystories_train_2mib.txt", 2317, "text")
+    assert bad["reason"].startswith("cut off")
     assert (counts["conversations_train"], counts["conversations_validation"]) == (1194, 154)
+    fertility = json.loads((plan[1].artifact / FERTILITY).read_text())
+    for section, most in (("texts", 1.35), ("interactions", 1.55), ("conversations", 1.55)):
+        assert 1.0 < fertility[section]["tokens_per_word"] < most
+        assert fertility[section]["unknown"] == fertility[section]["changed_by_round_trip"] == 0
+
+
+def test_the_published_layout_s_example_rows_are_all_used(tmp_path: Path) -> None:
+    files = {"kind": "files", "path": str(DATA / "rxt_examples/mrl_*.jsonl"), "validation_share": 0.1}
+    single = {"kind": "files", "path": str(DATA / "rxt_examples/sft_stories.jsonl"), "validation_share": 0.1}
+    config = DataConfig.model_validate({"interactions": single, "conversations": files})
+    counts = build_corpus(config, tmp_path)
+    assert counts["conversations_train"] + counts["conversations_validation"] == 87
+    assert counts["interactions_train"] + counts["interactions_validation"] == 82 - counts["near_duplicates"]
+    assert counts["bad_rows"] == 0
 
 
 @pytest.mark.dist

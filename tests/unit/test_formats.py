@@ -15,8 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rxt_platform.data import formats
-from rxt_platform.data.formats import FileFormat, RawRow, columns_of, expand, format_of, read_file
+from rxt_platform.data import raw
+from rxt_platform.data.formats import columns_of, read_file
+from rxt_platform.data.paths import FileFormat, expand, format_of
+from rxt_platform.data.raw import RawRow
 from rxt_platform.errors import DataError
 
 END = "<|end|>"
@@ -460,7 +462,7 @@ def test_a_separator_that_parts_nothing_is_an_error(tmp_path: Path) -> None:
 
 
 def test_a_torn_compressed_file_is_an_error_that_says_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(formats, "CHUNK_BYTES", 1_000)
+    monkeypatch.setattr(raw, "CHUNK_BYTES", 1_000)
     content = "".join(json.dumps({"a": random.random()}) + "\n" for _ in range(5_000)).encode()
     packed = gzip.compress(content)
     path = put(tmp_path, "a.jsonl.gz", packed[: len(packed) // 2])
@@ -521,7 +523,7 @@ STARTS = {"jsonl": b'{"s":0}\n', "csv": b"p,q\n", "text": b""}
 
 
 def outcome(path: Path, file_format: FileFormat, chunk: int, monkeypatch: pytest.MonkeyPatch) -> list[Shown] | str:
-    monkeypatch.setattr(formats, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(raw, "CHUNK_BYTES", chunk)
     try:
         return shown(rows_of(path, file_format, separator="<<>", largest_row=25))
     except DataError as error:

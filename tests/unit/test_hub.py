@@ -31,14 +31,15 @@ def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None
     """A connection that is tried fails the test; what `datasets` keeps goes into the test's folder."""
     tried = []
 
-    def refuse(_: Any, address: Any) -> None:
-        tried.append(address)
+    def refuse(*where: Any, **_: Any) -> None:
+        tried.append(where)
         raise OSError("there is no network")
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # other tests may have imported them before
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
     monkeypatch.setattr(socket.socket, "connect", refuse)
     yield
     assert tried == []
