@@ -3,15 +3,17 @@
     python benchmarks/data_batches.py --root /path/to/data   # that of pipelines/configs/tinystories.yaml
     python benchmarks/data_batches.py                        # the story world
 
-On texts and interactions at the window of a preset: the share of real tokens with naive padding, length buckets and
-packing; the sequence of batch hashes of a run that is stopped after random steps, with 1, 2 and 4 workers, against the
-uninterrupted one; the loss of packed rows against the same texts one a row; and the loader's tokens per second against
-what a training step of the preset consumes. Exits with 1 when hashes or losses differ.
+On texts and interactions at the window of a preset: the share of real tokens with naive padding, with rows of like
+length in a forward, and with packing; the sequence of batch hashes of a run that is stopped after random steps, with 1,
+2 and 4 workers, against the uninterrupted one; the loss of packed rows against the same texts one a row; and the
+loader's tokens per second against what a training step of the preset consumes. Exits with 1 when hashes or losses
+differ.
 """
 
 import random
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +32,11 @@ from rxt_platform.data.sampler import BatchSampler, Sampling
 from rxt_platform.data.shards import TokenShards, make_shard, plan_shards, write_summary
 from rxt_platform.data.tokenizer import RxtTokenizer
 from rxt_platform.model.transformer import ReactiveTransformer
+from rxt_platform.stages.build import sampling
 from rxt_platform.stages.joint import JointStage
 
 WORKERS = (1, 2, 4)
+BATCH = 128  # rows of a step whose padding is counted
 TOLERANCE = 1e-5
 
 
@@ -64,10 +68,10 @@ def shards_of(config: DataConfig, folder: Path, window: int, vocabulary: int) ->
     return tokens
 
 
-def real_share(sampler: BatchSampler) -> float:
-    """Real tokens over computed positions, over an epoch."""
-    batches = [sampler.global_batch(step) for step in range(sampler.total_steps)]
-    return sum(batch.tokens for batch in batches) / sum(batch.mask.numel() for batch in batches)
+def real_share(sampler: BatchSampler, micro: int) -> float:
+    """Real tokens over the positions of all micro-batches of an epoch."""
+    parts = [part for step in range(sampler.total_steps) for part in sampler.global_batch(step).shares(0, 1, micro)]
+    return sum(part.tokens for part in parts) / sum(part.mask.numel() for part in parts)
 
 
 def padding(tokens: Path, window: int) -> dict[str, dict[str, float]]:
@@ -75,12 +79,15 @@ def padding(tokens: Path, window: int) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {}
     sections: tuple[Section, ...] = ("texts", "interactions")
     for section in sections:
-        examples = TokenShards(tokens, section, "train")
-        ways = {"naive": Sampling(32, 0), "buckets": Sampling(32, 0, bucket_batches=16)}
+        rows = BatchSampler(TokenShards(tokens, section, "train"), Sampling(BATCH, 0))
+        ways = {"naive": real_share(rows, BATCH)}
+        ways |= {f"sorted, {micro} a forward": real_share(rows, micro) for micro in (32, 16, 8, 4)}
         if section == "texts":
-            ways["packed, 1 window"] = Sampling(16, 0, capacity=window)
-            ways["packed, 2 windows"] = Sampling(8, 0, capacity=2 * window)
-        found[section] = {way: real_share(BatchSampler(examples, sampling)) for way, sampling in ways.items()}
+            for windows in (1, 2):
+                how = Sampling(BATCH // windows, 0, capacity=windows * window)
+                packed = BatchSampler(TokenShards(tokens, section, "train"), how)
+                ways[f"packed, {windows} window{'s'[: windows - 1]}"] = real_share(packed, BATCH // windows)
+        found[section] = ways
     return found
 
 
@@ -89,23 +96,23 @@ def resumes(tokens: Path, window: int, stops: int) -> dict[str, int]:
     different: dict[str, int] = {}
     ways: dict[Section, Sampling] = {
         "texts": Sampling(8, 0, epochs=2, mask_probability=0.15, capacity=2 * window),
-        "interactions": Sampling(32, 0, epochs=1, mask_probability=0.15, bucket_batches=16),
-        "conversations": Sampling(16, 0, epochs=2, bucket_batches=16, lessons=[(0.5, 2)]),
+        "interactions": Sampling(32, 0, epochs=1, mask_probability=0.15),
+        "conversations": Sampling(16, 0, epochs=2, lessons=[(0.5, 2)]),
     }
-    for section, sampling in ways.items():
-        straight = hashes(tokens, section, sampling, 0, 1)
+    for section, how in ways.items():
+        straight = hashes(tokens, section, how, 0, 1)
         for workers in WORKERS:
             wrong = 0
             for stop in random.Random(workers).choices(range(len(straight)), k=stops):
-                wrong += hashes(tokens, section, sampling, stop, workers) != straight[stop:]
+                wrong += hashes(tokens, section, how, stop, workers) != straight[stop:]
             different[f"{section}, {workers} workers, {len(straight)} steps"] = wrong
     return different
 
 
-def hashes(tokens: Path, section: Section, sampling: Sampling, first: int, workers: int) -> list[str]:
+def hashes(tokens: Path, section: Section, how: Sampling, first: int, workers: int) -> list[str]:
     """One hash for each row of each step from `first` on, as `workers` processes would see them together."""
-    sampler = BatchSampler(TokenShards(tokens, section, "train"), sampling)
-    micro = sampling.global_batch_size // workers // 2
+    sampler = BatchSampler(TokenShards(tokens, section, "train"), how)
+    micro = how.global_batch_size // workers // 2
     found = []
     with prefetched(sampler.global_batch, first, sampler.total_steps) as next_batch:
         for _ in range(first, sampler.total_steps):
@@ -147,7 +154,7 @@ def unpacked(packed: Batch) -> Batch:
 
 
 def speed(stages: dict[str, JointStage], model: ReactiveTransformer, machine: Machine, repeats: int) -> dict[str, Any]:
-    """Real tokens per second: of forward, backward and update on each kind of batch, and of the loader alone."""
+    """Real tokens per second: of forwards, backwards and update on each kind of batch, and of the loader alone."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     counts: dict[str, int] = {}
     steps = iter(range(10**6))
@@ -156,7 +163,10 @@ def speed(stages: dict[str, JointStage], model: ReactiveTransformer, machine: Ma
         stage = stages[name]
         batch = stage.sampler.global_batch(next(steps) % stage.sampler.total_steps)
         counts[name] = counts.get(name, 0) + batch.tokens
-        stage.loss(model, batch, stage.phases()[0]).loss.backward()
+        rows = len(batch.rows)
+        micro = rows if name == "naive padding" else stage.config.micro_rows(rows)
+        for part in batch.shares(0, 1, micro) if name != "naive padding" else [batch]:
+            stage.loss(model, part, stage.phases()[0]).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -165,8 +175,8 @@ def speed(stages: dict[str, JointStage], model: ReactiveTransformer, machine: Ma
             batch = stages[name].sampler.global_batch(next(steps) % stages[name].sampler.total_steps)
             counts[f"loader, {name}"] = counts.get(f"loader, {name}", 0) + batch.tokens
 
-    runs: dict[str, Any] = {name: (lambda name=name: train(name)) for name in stages}
-    runs |= {f"loader, {name}": (lambda name=name: load(name)) for name in stages}
+    runs: dict[str, Any] = {name: partial(train, name) for name in stages}
+    runs |= {f"loader, {name}": partial(load, name) for name in stages}
     seconds = interleaved(runs, repeats, machine, warmup=0)
     return {name: {"tokens_per_second": counts[name] / sum(times), **spread(times)} for name, times in seconds.items()}
 
@@ -208,21 +218,20 @@ def main(
 
 def _stages(tokens: Path, window: int) -> dict[str, JointStage]:
     """The pre-training stage over each kind of batch, all of about as many tokens."""
-    examples = TokenShards(tokens, "texts", "train")
-    settings = JointPretrainingConfig(
-        kind="joint_pretraining",
-        epochs=1,
-        global_batch_size=16,
-        optimizer=OptimizerConfig(learning_rate=1e-4),
-        loss={"decoder_only": 0.0},  # type: ignore[arg-type]
-    )
-    masked = settings.loss.mask_probability
-    ways = {
-        "naive padding": Sampling(16, 0, mask_probability=masked),
-        "buckets": Sampling(16, 0, mask_probability=masked, bucket_batches=16),
-        "packed, 2 windows": Sampling(8, 0, mask_probability=masked, capacity=2 * window),
-    }
-    return {name: JointStage(settings, BatchSampler(examples, sampling)) for name, sampling in ways.items()}
+    ways = {"naive padding": (0, 16), "rows of like length": (0, 16), "packed, 2 windows": (2, 8)}
+    stages = {}
+    for name, (windows, rows) in ways.items():
+        settings = JointPretrainingConfig(
+            kind="joint_pretraining",
+            epochs=1,
+            global_batch_size=rows,
+            packing=windows,
+            optimizer=OptimizerConfig(learning_rate=1e-4),
+            loss={"decoder_only": 0.0},  # type: ignore[arg-type]
+        )
+        sampler = BatchSampler(TokenShards(tokens, "texts", "train"), sampling(settings, 0, window))
+        stages[name] = JointStage(settings, sampler)
+    return stages
 
 
 if __name__ == "__main__":

@@ -37,7 +37,6 @@ SMALL = [
     "stages.pretraining.packing=1",
     "stages.pretraining.global_batch_size=8",
     *(f"stages.{name}.global_batch_size=16" for name in ("sft", "memory_pretraining", "memory_aware")),
-    *(f"stages.{name}.bucket_batches=4" for name in ("sft", "memory_pretraining", "memory_aware")),
     *(f"stages.{name}.epochs=1" for name in ("pretraining", "sft", "memory_pretraining", "memory_aware")),
     "stages.memory_aware.curriculum=[{turns: 2, epochs: 0.3}]",
     "stages.memory_aware.unfreeze_memory_attention=0.2",

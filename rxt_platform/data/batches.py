@@ -16,6 +16,8 @@ from torch import Tensor
 from rxt_platform.data.examples import Example
 from rxt_platform.data.tokenizer import PAD, SPECIAL_TOKENS
 
+_BY_TOKEN = ("ids", "mask", "targets", "hidden")  # [B, N, T]
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -33,7 +35,8 @@ class Batch:
     documents  int64 [B, T] of packed rows: a token's text, counted from 0 in each row, -1 at padding; else None
     most_documents  texts of the fullest packed row of the global batch
     total_*  numbers over the whole global batch, whatever part of it this is; a text is a row, or one of a packed row
-    turn_lengths  longest interaction of each turn in the global batch, in tokens
+    longest  tokens of the longest interaction of the global batch
+    turn_lengths  tokens of the longest interaction of each turn, among the rows that all workers compute at this time
     """
 
     ids: Tensor
@@ -50,6 +53,7 @@ class Batch:
     total_targets: int
     total_hidden: int
     total_turns: int
+    longest: int
     turn_lengths: tuple[int, ...]
 
     @property
@@ -58,22 +62,28 @@ class Batch:
         return self.total_turns - self.total_rows
 
     def part(self, start: int, stop: int) -> "Batch":
-        """Rows start..stop of this batch, cut to their longest; totals and `turn_lengths` stay the global ones."""
-        longest = int(self.mask[start:stop].sum(dim=-1).max())
-        parts = {name: value[start:stop] for name, value in self._tensors()}
-        for name in ("ids", "mask", "targets", "hidden", "documents"):
-            if name in parts:
-                parts[name] = parts[name][..., :longest]
-        return replace(self, **parts)
+        """Rows start..stop of this batch; the totals stay those of the global batch."""
+        return replace(self, **{name: value[start:stop] for name, value in self._tensors()})
 
     def shares(self, rank: int, world: int, micro: int) -> Iterator["Batch"]:
         """The micro-batches of one of `world` workers, `micro` rows each.
 
-        Neighbouring rows are of similar length: of each `world * micro` of them every worker takes its part, so that
-        all have about the same to do at the same time.
+        Neighbouring rows are of like length. So of each `world * micro` of them, cut to the turns and tokens that they
+        have, every worker takes its part: all do the same amount of work on the same shapes at the same time.
         """
-        for start in range(rank * micro, len(self.rows), world * micro):
-            yield self.part(start, start + micro)
+        for start in range(0, len(self.rows), world * micro):
+            yield self._trimmed(start, start + world * micro).part(rank * micro, (rank + 1) * micro)
+
+    def _trimmed(self, start: int, stop: int) -> "Batch":
+        """Rows start..stop, without turns and positions that none of them has."""
+        rows = self.part(start, stop)
+        turns = int(rows.turns.sum(dim=1).max())
+        lengths = rows.mask[:, :turns].sum(dim=-1).amax(dim=0).tolist()
+        kept = {name: value[:, :turns] for name, value in rows._tensors() if name in (*_BY_TOKEN, "turns")}
+        kept |= {name: kept[name][:, :, : max(lengths)] for name in _BY_TOKEN}
+        if rows.documents is not None:
+            kept["documents"] = rows.documents[:, : max(lengths)]
+        return replace(rows, turn_lengths=tuple(lengths), **kept)
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on a device."""
@@ -87,7 +97,7 @@ class Batch:
             real = self.mask[b] & self.turns[b][:, None]
             for value in (self.ids, self.targets, self.hidden):
                 digest.update(value[b][real].numpy().tobytes())
-            digest.update(real.sum(dim=-1).numpy().tobytes())
+            digest.update(real.sum(dim=-1)[self.turns[b]].numpy().tobytes())
             if self.documents is not None:
                 digest.update(self.documents[b][real[0]].numpy().tobytes())
             digest.update(self.seeds[b].numpy().tobytes() + self.rows[b].numpy().tobytes())
@@ -197,6 +207,7 @@ def _batch(
         total_targets=int(targets.sum()),
         total_hidden=int(hidden.sum()),
         total_turns=int(present.sum()),
+        longest=int(mask.sum(axis=2).max()),
         turn_lengths=tuple(mask.sum(axis=2).max(axis=0).tolist()),
     )
 

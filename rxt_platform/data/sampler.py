@@ -2,11 +2,14 @@
 
 So resuming needs no sampler state, and any number of workers sees the same batches. An epoch is a permutation by
 (seed, epoch) in which each row stands once, or as often as its source's weight says; batches run on across its end.
-Two things save padding:
+Padding is saved without changing what a step trains on:
 
-- packing: several texts share a row of the model's window, chosen once (`data/packing.py`);
-- length buckets: the rows of `bucket_batches` steps in a row are sorted by length, cut into batches, and the batches'
-  order is shuffled. A row then moves by less than that many steps, and no row is lost or doubled.
+- a batch's rows are sorted by length, so that the micro-batches which workers take from it hold rows of like length
+  (`Batch.shares`);
+- with packing, several texts share a row of one or more of the model's windows, chosen once (`data/packing.py`).
+
+Whole batches of like length would save more, but a step then trains on like rows, and learns less from them
+(benchmarks/LOG.md).
 """
 
 from collections.abc import Sequence
@@ -34,7 +37,6 @@ class Sampling:
     epochs: float = 1.0
     mask_probability: float = 0.0
     lessons: Sequence[tuple[float, int]] = ()
-    bucket_batches: int = 1
     capacity: int | None = None
     weights: Sequence[float] = ()
 
@@ -58,7 +60,6 @@ class BatchSampler:
         self.total_steps = self.steps(sampling.epochs)
         ends = accumulate(epochs for epochs, _ in sampling.lessons)
         self._lessons = [(self.steps(end), turns) for end, (_, turns) in zip(ends, sampling.lessons, strict=True)]
-        self._bucket = (-1, np.empty(0, dtype=np.int64))
 
     def steps(self, epochs: float) -> int:
         """Steps that `epochs` passes over the rows take (at least one)."""
@@ -99,28 +100,13 @@ class BatchSampler:
         return next((turns for end, turns in self._lessons if step < end), None)
 
     def _rows(self, step: int) -> np.ndarray:
-        """Row numbers of a step's batch [global_batch_size]."""
+        """Row numbers of a step's batch [global_batch_size], by number of turns and length."""
         size = self.global_batch_size
-        if self.sampling.bucket_batches == 1 or self._packs is not None:
-            return self._plan.rows(step * size, (step + 1) * size)
-        first, last = self._bucket_of(step)
-        if self._bucket[0] != first:
-            rows = self._plan.rows(first * size, last * size)
-            longest, turns = self._extent(rows, self._turns_at(step))
-            batches = rows[np.lexsort((longest, turns))].reshape(last - first, size)
-            order = np.random.default_rng([self.sampling.seed, 2, first]).permutation(last - first)
-            self._bucket = (first, batches[order])
-        batch: np.ndarray = self._bucket[1][step - first]
-        return batch
-
-    def _bucket_of(self, step: int) -> tuple[int, int]:
-        """First step of the bucket of `step` and one past its last: none reaches over a lesson's or the stage's end."""
-        bounds = [0, *(end for end, _ in self._lessons), self.total_steps]
-        start = max(bound for bound in bounds if bound <= step)
-        end = min((bound for bound in bounds if bound > step), default=None)
-        first = step - (step - start) % self.sampling.bucket_batches
-        last = first + self.sampling.bucket_batches
-        return first, last if end is None else min(last, end)
+        rows = self._plan.rows(step * size, (step + 1) * size)
+        if self._packs is not None:  # all about equally full
+            return rows
+        longest, turns = self._extent(rows, self._turns_at(step))
+        return rows[np.lexsort((longest, turns))]
 
     def _extent(self, rows: np.ndarray, turns: int | None) -> tuple[np.ndarray, np.ndarray]:
         """Tokens of the longest turn and number of turns of some rows, cut to their first `turns`."""

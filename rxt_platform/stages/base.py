@@ -34,6 +34,16 @@ class LossReport:
     metrics: dict[str, Tensor] = field(default_factory=dict)
     usage: Tensor | None = None
 
+    def detached(self) -> "LossReport":
+        """Its values without gradient."""
+        return LossReport(self.loss.detach(), dict(self.metrics), self.usage)
+
+    def plus(self, other: "LossReport") -> "LossReport":
+        """The sums over both parts, without gradient."""
+        metrics = {name: value + other.metrics[name] for name, value in self.metrics.items()}
+        usage = None if self.usage is None or other.usage is None else self.usage + other.usage
+        return LossReport(self.loss + other.loss.detach(), metrics, usage)
+
     def using(self, usage: Tensor) -> Self:
         """The same report with the experts' usage."""
         self.usage = usage.detach() if usage.numel() else None

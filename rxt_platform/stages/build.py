@@ -39,7 +39,6 @@ def sampling(config: StageConfig, seed: int, window: int, weights: Sequence[floa
         epochs=config.epochs,
         mask_probability=mask_probability(config),
         lessons=[(lesson.epochs, lesson.turns) for lesson in lessons],
-        bucket_batches=config.bucket_batches,
         capacity=windows * window or None,
         weights=weights,
     )

@@ -92,7 +92,7 @@ class JointStage:
         """
         settings, seeds, mask = self.config.loss, batch.seeds, batch.mask[:, 0]
         layers, _, length, size = encoded.shape
-        drawn = batch.turn_lengths[0]  # of the global batch, so that a row's draws don't depend on how it is split
+        drawn = batch.longest  # of the global batch, so that a row's draws don't depend on how it is split
         readable = mask
         if settings.memory_noise:
             noise = row_noise(seeds, (layers, drawn, size), 1, encoded).transpose(0, 1)

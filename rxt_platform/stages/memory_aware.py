@@ -131,7 +131,7 @@ class MemoryAwareStage:
 def turn_groups(batch: Batch, turns: int | None = None) -> list[tuple[slice, int]]:
     """Neighbouring turns of similar length (within a factor 1.5) that are worth one forward, with that length.
 
-    By the global batch's lengths: under ZeRO-3 all ranks must call the same modules in the same order.
+    By the lengths that all workers have in common: under ZeRO-3 all ranks must call the same modules in the same order.
     """
     groups: list[tuple[slice, int]] = []
     first = longest = shortest = 0

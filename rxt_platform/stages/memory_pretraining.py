@@ -43,7 +43,7 @@ class MemoryPretrainingStage:
             with torch.no_grad():
                 states = model.encode(batch.ids[:, turn], mask)
                 target = self._target(memory, states, mask, batch.seeds, turn)
-                states = self._noisy(states, batch.seeds, 16 + turn, self.config.input_noise, max(batch.turn_lengths))
+                states = self._noisy(states, batch.seeds, 16 + turn, self.config.input_noise, batch.longest)
             written = model.write_states(memory, states, mask)
             distance = -F.cosine_similarity(written, target, dim=-1).mean(dim=(0, 2))
             loss = loss + (distance * present).sum() / batch.total_turns

@@ -86,7 +86,7 @@ class Engine:
         if rows % self.world:
             raise TrainingError(f"global_batch_size {rows} can't be shared by {self.world} workers")
         self.rows = rows // self.world
-        self.micro = stage.config.micro_batch_size or self.rows
+        self.micro = stage.config.micro_rows(self.rows)
         self.accumulation = self.rows // self.micro
         self.optimizer = build_optimizer(model, stage.config.optimizer, self.phases)
         # What no phase trains comes out as it went in, also where DeepSpeed holds it in bf16.
@@ -151,26 +151,33 @@ class Engine:
         phase = phase_at(self.phases, step)
         rate = schedule(self.stage.config.optimizer, step, self.steps)
         set_learning_rates(self.optimizer, self.stage.config.optimizer, rate, phase)
-        totals: Metrics = {}
-        usage: Tensor | None = None
         norm = math.nan
+        metrics: Metrics = {}
+        sums: LossReport | None = None
         for part in batch.shares(self.rank, self.world, self.micro):
             report = self.engine(part.to(self.settings.device), phase)
             # DeepSpeed averages over micro-batches and ranks; parts of our loss add up.
             self.engine.backward(report.loss * (self.world * self.accumulation))
-            metrics, used = self._over_ranks(report)
-            _add(totals, metrics)
-            usage = used if usage is None or used is None else usage + used
-            if not math.isfinite(totals["objective"]):
-                rows = ", ".join(self.stage.sampler.place(row) for row in batch.rows.tolist())
-                raise TrainingError(
-                    f"step {step + 1}: the loss is {totals['objective']}; nothing was updated; lower the learning rate "
-                    f"or look at the batch's rows: {rows}"
-                )
+            sums = report.detached() if sums is None else sums.plus(report)
+            if self.engine.is_gradient_accumulation_boundary():
+                metrics = self._over_ranks(sums)
+                if not math.isfinite(metrics["objective"]):
+                    rows = ", ".join(self.stage.sampler.place(row) for row in batch.rows.tolist())
+                    raise TrainingError(
+                        f"step {step + 1}: the loss is {metrics['objective']}; nothing was updated; lower the learning "
+                        f"rate or look at the batch's rows: {rows}"
+                    )
             norm = self._update(step)
-        if usage is not None:
-            self.engine.module.model.rebalance(usage)
-        return {**totals, **expert_load(usage), "gradient_norm": norm, "learning_rate": rate, "tokens": batch.tokens}
+        assert sums is not None
+        if sums.usage is not None:
+            self.engine.module.model.rebalance(sums.usage)
+        return {
+            **metrics,
+            **expert_load(sums.usage),
+            "gradient_norm": norm,
+            "learning_rate": rate,
+            "tokens": batch.tokens,
+        }
 
     def _update(self, step: int) -> float:
         """Let DeepSpeed step; at the end of an accumulation that updates the weights. Returns the gradient norm.
@@ -188,17 +195,15 @@ class Engine:
             _check_norm(step, norm)
         return math.nan if norm is None else norm
 
-    def _over_ranks(self, report: LossReport) -> tuple[Metrics, Tensor | None]:
-        """Sums over the ranks, in one reduction: the metrics, and the experts' usage [M, E]."""
+    def _over_ranks(self, report: LossReport) -> Metrics:
+        """The metrics summed over the ranks, and `report.usage` [M, E] replaced by its sum, in one reduction."""
         names = ["objective", *report.metrics]
-        values = torch.stack([report.loss.detach().float(), *report.metrics.values()])
-        if report.usage is None:
-            dist.all_reduce(values)
-            return dict(zip(names, values.tolist(), strict=True)), None
-        both = torch.cat([values, report.usage.flatten()])
+        values = torch.stack([report.loss.float(), *report.metrics.values()])
+        both = values if report.usage is None else torch.cat([values, report.usage.flatten()])
         dist.all_reduce(both)
-        values, usage = both.split([len(names), report.usage.numel()])
-        return dict(zip(names, values.tolist(), strict=True)), usage.view_as(report.usage)
+        if report.usage is not None:
+            report.usage = both[len(names) :].view_as(report.usage)
+        return dict(zip(names, both[: len(names)].tolist(), strict=True))
 
     @torch.no_grad()
     def evaluate(self, validation: list[Batch]) -> Metrics:

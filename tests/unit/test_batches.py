@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from rxt_platform.config.stages import InteractionSFTConfig
 from rxt_platform.data.batches import Batch, collate, derive_seed
 from rxt_platform.data.examples import Example, ExampleSet, windows
 from rxt_platform.data.prefetch import prefetched
@@ -159,7 +160,7 @@ def test_the_shares_of_all_workers_are_the_whole_batch_with_its_totals(workers: 
     parts = [part for share in shares for part in share]
     assert sorted(digest for part in parts for digest in part.digests()) == sorted(whole.digests())
     assert len(set(whole.digests())) == 8
-    for name in ("total_rows", "total_targets", "total_hidden", "total_turns", "total_texts", "turn_lengths"):
+    for name in ("total_rows", "total_targets", "total_hidden", "total_turns", "total_texts", "longest"):
         assert {getattr(part, name) for part in parts} == {getattr(whole, name)}, "totals are global"
     assert sum(int(part.targets.sum()) for part in parts) == whole.total_targets
     assert sum(int(part.hidden.sum()) for part in parts) == whole.total_hidden
@@ -173,12 +174,17 @@ def test_workers_get_rows_of_like_length_at_the_same_time() -> None:
     assert taken == [[[0, 1], [4, 5]], [[2, 3], [6, 7]]]
 
 
-def test_a_part_is_no_longer_than_its_longest_row() -> None:
-    rows = [conversation((i + 1, i + 1), seed=i) for i in range(8)]
+def test_workers_compute_the_same_shapes_without_what_none_of_them_has() -> None:
+    rows = [conversation(*[(i + 1, i + 1)] * (1 + i // 2), seed=i) for i in range(8)]
     whole = collate(rows, range(8), range(8))
-    part = whole.part(0, 2)
-    assert part.ids.shape[-1] == max(len(row.turns[0]) for row in rows[:2])
-    assert part.digests() == whole.digests()[:2]
+    shares = [list(whole.shares(rank, 2, 2)) for rank in range(2)]
+    for number, parts in enumerate(zip(*shares, strict=True)):
+        block = rows[4 * number : 4 * number + 4]
+        longest = max(len(turn) for row in block for turn in row.turns)
+        assert {part.ids.shape for part in parts} == {(2, max(len(row.turns) for row in block), longest)}
+        assert parts[0].turn_lengths == parts[1].turn_lengths
+        assert max(parts[0].turn_lengths) == longest
+        assert {part.longest for part in parts} == {whole.longest}
 
 
 @pytest.mark.parametrize("changed", ["ids", "targets", "hidden", "seeds", "rows", "documents"])
@@ -237,7 +243,7 @@ def test_consecutive_epochs_run_on_in_one_batch() -> None:
     assert sorted(first + middle[:2]) == sorted(middle[2:] + last) == list(range(6))
 
 
-# ---- buckets of like length
+# ---- rows of like length together
 
 
 def lengths_of(batch: Batch) -> list[int]:
@@ -249,52 +255,49 @@ def varied(rows: int) -> list[Example]:
     return [Example((tuple(ids),), (1,)) for ids in rows_of(*[3 + i * 7 % 19 for i in range(rows)])]
 
 
-@pytest.mark.parametrize(("rows", "size", "bucket", "epochs"), [(40, 4, 5, 2), (37, 4, 3, 3), (10, 5, 16, 1)])
-def test_buckets_lose_and_double_no_row(rows: int, size: int, bucket: int, epochs: int) -> None:
-    bucketed = sampler_of(varied(rows), size, epochs=epochs, bucket_batches=bucket)
-    plain = sampler_of(varied(rows), size, epochs=epochs)
-    assert bucketed.total_steps == plain.total_steps
-    for first in range(0, plain.total_steps, bucket):
-        steps = range(first, min(first + bucket, plain.total_steps))
-        seen, drawn = (
-            sorted(row for step in steps for row in sampler.global_batch(step).rows.tolist())
-            for sampler in (bucketed, plain)
-        )
-        assert seen == drawn, "a row moves inside its bucket only"
+def test_rows_of_a_batch_are_sorted_by_turns_and_length_and_no_others() -> None:
+    examples = [conversation(*[(2 + i * 5 % 7, 2)] * (1 + i % 4), seed=i) for i in range(40)]
+    drawn = sorted(row for step in range(5) for row in sampler_of(examples, 8).global_batch(step).rows.tolist())
+    assert drawn == list(range(40))
+    for step in range(5):
+        batch = sampler_of(examples, 8).global_batch(step)
+        keys = [(len(examples[row].turns), max(map(len, examples[row].turns))) for row in batch.rows.tolist()]
+        assert keys == sorted(keys)
 
 
-def test_buckets_save_padding_and_are_shuffled() -> None:
-    bucketed, plain = (sampler_of(varied(400), 8, bucket_batches=bucket) for bucket in (25, 1))
-    share = [
-        sum(sampler.global_batch(step).tokens for step in range(50))
-        / sum(sampler.global_batch(step).mask.numel() for step in range(50))
-        for sampler in (bucketed, plain)
-    ]
-    assert share[0] > 0.95 > 0.75 > share[1]
-    longest = [max(lengths_of(bucketed.global_batch(step))) for step in range(25)]
-    assert longest != sorted(longest), "short rows don't always come first"
+def test_a_lesson_s_rows_are_sorted_by_what_is_left_of_them() -> None:
+    examples = [conversation((2 + i * 5 % 7, 2), *[(9, 9)] * (i % 4), seed=i) for i in range(40)]
+    batch = sampler_of(examples, 40, lessons=[(1, 1)]).global_batch(0)
+    assert batch.ids.shape[1] == 1
+    assert lengths_of(batch) == sorted(lengths_of(batch))
 
 
-def test_a_bucketed_batch_is_a_function_of_seed_and_step() -> None:
-    examples = [conversation((6, 10), *[(3, 4)] * (i % 3), seed=i) for i in range(23)]
-    settings = {"epochs": 3, "bucket_batches": 4, "mask_probability": 0.2, "lessons": [(1, 2)]}
-    straight, resumed = (sampler_of(examples, 4, **settings) for _ in range(2))
-    batches = [straight.global_batch(step) for step in range(straight.total_steps)]
-    for step in (16, 0, 3, 3, 1, 4, 12, 7):
-        assert_same(resumed.global_batch(step), batches[step])
+def test_micro_batches_of_like_length_save_padding() -> None:
+    share = []
+    for micro in (32, 4):
+        sampler = sampler_of(varied(400), 32)
+        parts = [part for step in range(12) for part in sampler.global_batch(step).shares(0, 1, micro)]
+        share.append(sum(part.tokens for part in parts) / sum(part.mask.numel() for part in parts))
+    assert share[0] < 0.75
+    assert share[1] > 0.9
 
 
-def test_no_bucket_reaches_over_a_lesson_s_end() -> None:
-    examples = [conversation(*[(2, 2)] * 4, seed=i) for i in range(8)]
-    sampler = sampler_of(examples, 4, epochs=4, bucket_batches=3, lessons=[(1, 2), (1, 3)])
-    assert [sampler.global_batch(step).ids.shape[1] for step in range(8)] == [2, 2, 3, 3, 4, 4, 4, 4]
-
-
-def test_conversations_are_bucketed_by_turns_and_then_by_their_longest() -> None:
-    examples = [conversation(*[(2 + i % 5, 2)] * (1 + i % 4), seed=i) for i in range(40)]
-    sampler = sampler_of(examples, 5, bucket_batches=8)
-    spread = [sampler.global_batch(step).turns.sum(dim=1) for step in range(8)]
-    assert max(int(turns.max() - turns.min()) for turns in spread) == 0
+@pytest.mark.parametrize(
+    ("rows", "given", "micro"), [(64, None, 16), (16, None, 4), (8, None, 4), (6, None, 6), (3, None, 3), (64, 2, 2)]
+)
+def test_a_forward_takes_a_quarter_of_a_worker_s_rows_unless_told_otherwise(
+    rows: int, given: int | None, micro: int
+) -> None:
+    config = InteractionSFTConfig.model_validate(
+        {
+            "kind": "interaction_sft",
+            "epochs": 1,
+            "global_batch_size": rows,
+            "micro_batch_size": given,
+            "optimizer": {"learning_rate": 1e-3},
+        }
+    )
+    assert config.micro_rows(rows) == micro
 
 
 # ---- packs
@@ -379,7 +382,7 @@ def test_weights_that_leave_no_row_are_an_error() -> None:
 @pytest.mark.parametrize("workers", [1, 2, 4])
 def test_stopped_after_any_step_the_rest_of_the_batches_is_the_same(workers: int, capacity: int | None) -> None:
     def stream(first: int, last: int, world: int) -> list[str]:
-        sampler = sampler_of(varied(120), 8, epochs=8, bucket_batches=4, mask_probability=0.2, capacity=capacity)
+        sampler = sampler_of(varied(120), 8, epochs=8, mask_probability=0.2, capacity=capacity)
         hashes = []
         with prefetched(sampler.global_batch, first, last) as next_batch:
             for _ in range(first, last):

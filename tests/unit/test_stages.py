@@ -49,7 +49,6 @@ def stage_of(kind: str, examples: Sequence[Example] = TALKS, **settings: Any) ->
     """A stage over these rows; all of them are one batch."""
     raw: dict[str, Any] = {"kind": kind, "epochs": 100, "global_batch_size": len(examples)}
     raw["optimizer"] = {"learning_rate": 1e-3}
-    raw["bucket_batches"] = 1
     if kind == "joint_pretraining":
         raw["packing"] = 0
     if kind in ("joint_pretraining", "interaction_sft"):
