@@ -34,6 +34,7 @@ from rxt_platform.data.tokenizer import RxtTokenizer
 from rxt_platform.model.transformer import ReactiveTransformer
 from rxt_platform.stages.build import sampling
 from rxt_platform.stages.joint import JointStage
+from rxt_platform.training.engine import FORWARD_OVERHEAD
 
 WORKERS = (1, 2, 4)
 BATCH = 128  # rows of a step whose padding is counted
@@ -158,14 +159,16 @@ def speed(stages: dict[str, JointStage], model: ReactiveTransformer, machine: Ma
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     counts: dict[str, int] = {}
     steps = iter(range(10**6))
+    overhead = FORWARD_OVERHEAD[machine.device.type]
+    micro = {
+        name: stage.sampler.forward_rows(stage.config.global_batch_size, 1, overhead) for name, stage in stages.items()
+    }
 
     def train(name: str) -> None:
         stage = stages[name]
         batch = stage.sampler.global_batch(next(steps) % stage.sampler.total_steps)
         counts[name] = counts.get(name, 0) + batch.tokens
-        rows = len(batch.rows)
-        micro = rows if name == "naive padding" else stage.config.micro_rows(rows)
-        for part in batch.shares(0, 1, micro) if name != "naive padding" else [batch]:
+        for part in [batch] if name == "naive padding" else batch.shares(0, 1, micro[name]):
             stage.loss(model, part, stage.phases()[0]).loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -40,19 +40,10 @@ class StageBase(Spec):
     epochs: float = Field(gt=0, description="passes over the stage's rows; fractions are allowed")
     global_batch_size: int = Field(gt=0, description="rows of one optimizer step, over all workers")
     micro_batch_size: int | None = Field(
-        None, gt=0, description="rows of one forward on one worker, which are of like length; a quarter if not given"
+        None, gt=0, description="rows of one forward on one worker, all of like length; by default what costs least"
     )
     optimizer: OptimizerConfig
     start_from: StartFrom | None = None
-
-    def micro_rows(self, rows: int) -> int:
-        """Rows of one forward on a worker that takes `rows` of each step.
-
-        By default a quarter of them, or half, but at least four: enough parts that few rows are padded much.
-        """
-        if self.micro_batch_size is not None:
-            return self.micro_batch_size
-        return next((rows // parts for parts in (4, 2) if rows % parts == 0 and rows // parts >= 4), rows)
 
 
 class JointLossConfig(Spec):
@@ -82,10 +73,6 @@ class JointPretrainingConfig(StageBase):
         "0: one text a row, which a CPU computes faster",
     )
     loss: JointLossConfig = JointLossConfig()
-
-    def micro_rows(self, rows: int) -> int:
-        """Packed rows are all of one length: one forward takes them all."""
-        return rows if self.packing and self.micro_batch_size is None else super().micro_rows(rows)
 
 
 class InteractionSFTConfig(StageBase):

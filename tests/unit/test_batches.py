@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from rxt_platform.config.stages import InteractionSFTConfig
 from rxt_platform.data.batches import Batch, collate, derive_seed
 from rxt_platform.data.examples import Example, ExampleSet, windows
 from rxt_platform.data.prefetch import prefetched
@@ -282,22 +281,14 @@ def test_micro_batches_of_like_length_save_padding() -> None:
     assert share[1] > 0.9
 
 
-@pytest.mark.parametrize(
-    ("rows", "given", "micro"), [(64, None, 16), (16, None, 4), (8, None, 4), (6, None, 6), (3, None, 3), (64, 2, 2)]
-)
-def test_a_forward_takes_a_quarter_of_a_worker_s_rows_unless_told_otherwise(
-    rows: int, given: int | None, micro: int
-) -> None:
-    config = InteractionSFTConfig.model_validate(
-        {
-            "kind": "interaction_sft",
-            "epochs": 1,
-            "global_batch_size": rows,
-            "micro_batch_size": given,
-            "optimizer": {"learning_rate": 1e-3},
-        }
-    )
-    assert config.micro_rows(rows) == micro
+@pytest.mark.parametrize(("overhead", "micro"), [(0, 1), (20, 8), (10_000, 32)])
+def test_a_forward_takes_as_many_rows_as_cost_least(overhead: int, micro: int) -> None:
+    sampler = sampler_of(varied(400), 64)
+    assert sampler.forward_rows(32, 2, overhead) == micro
+
+
+def test_rows_of_one_length_go_through_in_one_forward() -> None:
+    assert sampler_of(numbered(64), 32).forward_rows(32, 1, 1) == 32
 
 
 # ---- packs
