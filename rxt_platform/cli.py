@@ -1,15 +1,18 @@
-"""`rxt`: run, plan, eval, chat, models. Thin: every command is a function of a lower floor, imported when needed."""
+"""`rxt`: run, plan, eval, chat, models, and the group `data` of `cli_data.py`.
+
+Thin: every command is a function of a lower floor, imported when needed.
+"""
 
 import json
 import logging
 import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from rxt_platform.cli_data import data
 from rxt_platform.errors import ConfigError, DataError, RxtError
 
 if TYPE_CHECKING:
@@ -69,7 +72,7 @@ def evaluate(model: str, data: str, limit: int | None, seed: int, as_json: bool)
     from rxt_platform.evaluation.conversations import evaluate_conversations
     from rxt_platform.evaluation.report import render_evaluation
 
-    talks = read_conversations(Path(data))[:limit]
+    talks = read_conversations(data)[:limit]
     held = _model(model)
     result = asdict(evaluate_conversations(held.model, held.own_tokenizer(), talks, seed))
     click.echo(json.dumps(result, indent=2) if as_json else render_evaluation(result))
@@ -143,6 +146,9 @@ def models(as_json: bool) -> None:
         click.echo(json.dumps(rows, indent=2))
     else:
         click.echo(render_sizes(sizes))
+
+
+rxt.add_command(data)
 
 
 def _load(config: str, overrides: tuple[str, ...]) -> "RunConfig":

@@ -53,12 +53,19 @@ class RowsSource(SourceBase):
         0.05,
         description="share of the rows that are held out, chosen by their content, where no held-out part is named",
     )
-    validation_rows: int = Field(2000, gt=0, description="held-out rows at most; what is left over is training data")
+    validation_rows: int = Field(2000, gt=0, description="most rows of that share; the others stay training data")
     columns: dict[Column, str] = Field(
         default_factory=dict, description="for a column of the row kind, the name it has here, also in `interactions`"
     )
     max_rows: int | None = Field(None, gt=0, description="use only the first rows of each split")
     max_turns: int | None = Field(None, ge=2, description="cut longer conversations to their first turns")
+
+    @model_validator(mode="after")
+    def _columns_differ(self) -> Self:
+        names = list(self.columns.values())
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"columns: two of ours are mapped to '{twice[0]}'; each needs a column of its own")
+        return self
 
 
 class FilesSource(RowsSource):

@@ -67,10 +67,10 @@ class JointPretrainingConfig(StageBase):
 
     kind: Literal["joint_pretraining"]
     packing: int = Field(
-        2,
+        0,
         ge=0,
-        description="windows of the model that a row is long, filled with texts that don't see each other; "
-        "0: one text a row, which a CPU computes faster",
+        description="windows of the model that a row is long, filled with texts that don't see each other (a row of "
+        "`global_batch_size` is then such a pack); 0: one text a row, which a CPU computes faster",
     )
     loss: JointLossConfig = JointLossConfig()
 

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 
 from rxt_platform.config.data import DataConfig, RowsSource, Section, ValidationConfig
 from rxt_platform.data.leakage import HeldOutIndex
+from rxt_platform.data.raw import RAW_CHARACTERS
 from rxt_platform.data.rows import Conversation, Interaction, Recall, Row, RowError
 from rxt_platform.data.sources import SECTIONS, SPLITS, PlacedRow, read_source, section_sources
 from rxt_platform.data.story_world import Split
@@ -33,6 +34,7 @@ _GROUP_ROWS = 20_000
 _CHECKED_AT_ONCE = 1000  # rows, against the held-out ones,
 _CHECKED_BYTES = 2**20  # fewer where they are long: while they are checked, their words take twenty times as much
 _SHOWN = 5  # bad rows in an error message
+_WORDS_OF_ITS_OWN = 8  # of a turn that can be told from small talk
 _COUNTED_APART = 1000  # reasons for bad rows: some name a position, so that there may be as many as rows
 
 _PLACE = [("source", pa.int16()), ("file", pa.dictionary(pa.int32(), pa.string())), ("row", pa.int64())]
@@ -85,11 +87,15 @@ def build_corpus(config: DataConfig, directory: Path) -> dict[str, float]:
     counts: dict[str, dict[str, list[dict[str, Any]]]] = {}
     totals: Counter[str] = Counter()
     with (directory / BAD_ROWS).open("w", encoding="utf-8") as bad:
-        for section in SECTIONS:
-            if not section_sources(config, section):
-                continue
-            build = _SectionBuild(config, section, directory, bad)
-            for split in reversed(SPLITS):  # held-out rows first: training rows are compared with them
+        builds = {
+            section: _SectionBuild(config, section, directory, bad)
+            for section in SECTIONS
+            if section_sources(config, section)
+        }
+        for split in reversed(SPLITS):  # held-out rows first: training rows are compared with them
+            if split == "train" and "interactions" in builds:
+                builds["interactions"].hold_out_turns()
+            for section, build in builds.items():
                 of_sources = build.split(split)
                 counts.setdefault(section, {})[split] = [one.to_json() for one in of_sources]
                 totals[f"{section}_{split}"] = sum(one.kept for one in of_sources)
@@ -117,7 +123,7 @@ def part_path(directory: Path, section: Section, split: Split) -> Path:
 
 def read_rows(directory: Path, section: Section, split: Split, groups: range | None = None) -> Iterator[CorpusRow]:
     """Rows of a corpus in their order, or of some row groups only."""
-    with pq.ParquetFile(part_path(directory, section, split), memory_map=True) as file:
+    with pq.ParquetFile(part_path(directory, section, split), memory_map=True, page_checksum_verification=True) as file:
         for group in range(file.num_row_groups) if groups is None else groups:
             for value in file.read_row_group(group).to_pylist():
                 yield CorpusRow(value["source"], value["file"], value["row"], _row_of(value))
@@ -159,6 +165,12 @@ def row_texts(row: Row) -> Iterator[str]:
             yield from (text for text in (turn.internal, turn.query, turn.think, turn.answer, turn.tool_call) if text)
 
 
+def turns_of_its_own(talk: Conversation) -> list[str]:
+    """The texts of a conversation's turns, without those of a few words, such as greetings."""
+    texts = ["\n".join(row_texts(Conversation((turn,)))) for turn in talk.interactions]
+    return [text for text in texts if len(text.split()) >= _WORDS_OF_ITS_OWN]
+
+
 class _SectionBuild:
     """One section: both splits of all its sources."""
 
@@ -192,6 +204,20 @@ class _SectionBuild:
             )
         return counts
 
+    def hold_out_turns(self) -> None:
+        """Remember the turns of held-out conversations too: recall is measured on them, so no stage may train on one.
+
+        Turns of a few words, such as greetings, are everybody's.
+        """
+        sources = section_sources(self.config, "conversations")
+        for one in read_rows(self.directory, "conversations", "validation"):
+            if not isinstance(sources[one.source], RowsSource):
+                continue
+            assert isinstance(one.row, Conversation)
+            texts = turns_of_its_own(one.row)
+            self.held_out.add(texts)
+            self.held_places += [f"{one.file}:{one.number}"] * len(texts)
+
     def _usable(self, rows: Iterator[PlacedRow], split: Split, counts: SourceCounts) -> Iterator[PlacedRow]:
         """The good rows; bad ones are written aside, and counted against the policy."""
         shown: list[str] = []
@@ -206,12 +232,14 @@ class _SectionBuild:
             self._set_aside(row, split, row.problem)
             if len(shown) < _SHOWN:
                 shown.append(f"{row.file}:{row.number}: {row.problem}")
+            elif self.policy.bad_rows == "fail":  # enough to mend: the rest is not read
+                self._judge(counts, [*shown, "and more"])
         if counts.bad:
             self._judge(counts, shown)
 
     def _judge(self, counts: SourceCounts, shown: list[str]) -> None:
         bad = counts.bad.total()
-        more = f" (and {bad - len(shown)} more)" if bad > len(shown) else ""
+        more = f" (and {bad - _SHOWN} more)" if bad > _SHOWN and len(shown) == _SHOWN else ""
         listed = "; ".join(shown) + more
         if self.policy.bad_rows == "fail":
             raise DataError(f"{listed}: mend them, or set them aside with data.validation.bad_rows=quarantine")
@@ -253,7 +281,7 @@ class _SectionBuild:
 
     def _set_aside(self, row: PlacedRow, split: Split, problem: RowError) -> None:
         entry = {"section": self.section, "split": split, "file": row.name, "row": row.number}
-        entry |= {"column": problem.column, "reason": problem.reason, "content": row.raw}
+        entry |= {"column": problem.column, "reason": problem.reason, "content": row.raw[:RAW_CHARACTERS]}
         self.bad.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
 
@@ -263,7 +291,14 @@ class _Writer:
     def __init__(self, path: Path, schema: pa.Schema) -> None:
         self._schema = schema
         # Dictionaries would hide how much text a row group holds: its size is what shards are planned by.
-        self._writer = pq.ParquetWriter(path, schema, use_dictionary=["file"], compression="zstd", compression_level=3)
+        self._writer = pq.ParquetWriter(
+            path,
+            schema,
+            use_dictionary=["file"],
+            compression="zstd",
+            compression_level=3,
+            write_page_checksum=True,
+        )
         self._rows: list[dict[str, Any]] = []
         self._bytes = 0
 

@@ -118,7 +118,11 @@ class RowEncoder:
 
 
 def windows(ids: Sequence[int], max_length: int) -> list[Example]:
-    """`[BOS]text[EOS]` cut into windows of `max_length` tokens; every real token is a target (DESIGN 2)."""
+    """`[BOS]text[EOS]` cut into windows of `max_length` tokens; every token but `[BOS]` is a target once (DESIGN 2).
+
+    So each window begins with the last token of the one before.
+    """
     whole = [BOS, *ids, EOS]
-    cut = [tuple(whole[start : start + max_length]) for start in range(0, len(whole), max_length)]
-    return [Example((window,), (1,)) for window in cut if len(window) > 1]
+    return [
+        Example((tuple(whole[start : start + max_length]),), (1,)) for start in range(0, len(whole) - 1, max_length - 1)
+    ]

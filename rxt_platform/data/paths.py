@@ -28,7 +28,8 @@ KNOWN = f"{', '.join(FORMATS)}, each but Parquet also with {', '.join(COMPRESSIO
 def expand(path: str, root: Path) -> list[Path]:
     """The files that `path` stands for, sorted: a file, all files of a known format in a folder, or those of a glob.
 
-    In a folder, however deep, what starts with "." or "_" is left out. Raises DataError when nothing is there.
+    In a folder, however deep, what starts with "." or "_" is left out. Links are followed, and what several lead to is
+    taken once. Raises DataError when nothing is there.
     """
     target = root / path
     try:
@@ -37,7 +38,7 @@ def expand(path: str, root: Path) -> list[Path]:
         if target.is_dir():
             return _files_in(target)
         found = {root / match for match in glob.glob(path, root_dir=root, recursive=True)}
-        files = sorted(match for match in found if not match.is_dir())
+        files = sorted({os.path.realpath(match): match for match in sorted(found) if not match.is_dir()}.values())
     except OSError as error:
         raise DataError(
             f"{path}: cannot look into {error.filename or target}: {error.strerror}; check the path and its permissions"
@@ -72,7 +73,12 @@ def _files_in(folder: Path) -> list[Path]:
 
     files: list[Path] = []
     others = 0
-    for place, folders, names in os.walk(folder, onerror=refuse):
+    seen: set[str] = set()
+    for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        if (real := os.path.realpath(place)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
         folders[:] = [name for name in folders if not name.startswith((".", "_"))]
         shown = [Path(place, name) for name in names if not name.startswith((".", "_"))]
         known = [file for file in shown if ending_of(file) in FORMATS]
@@ -81,4 +87,4 @@ def _files_in(folder: Path) -> list[Path]:
     if not files:
         inside = f"none of its {others} files has a known ending" if others else "an empty folder"
         raise DataError(f"{folder}: {inside}; known are {KNOWN}; others can be named by a pattern, with `format`")
-    return sorted(files)
+    return sorted({os.path.realpath(file): file for file in sorted(files, reverse=True)}.values())

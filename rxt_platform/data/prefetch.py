@@ -56,4 +56,4 @@ def prefetched(make: Callable[[int], Batch], first: int, last: int) -> Iterator[
         yield take
     finally:
         done.set()
-        thread.join()
+        thread.join(timeout=10)  # a read that hangs must not hold up the error that says so

@@ -70,6 +70,11 @@ class Interaction:
     think: str | None = None
     tool_call: str | None = None
 
+    @property
+    def reply(self) -> str:
+        """What is said in the end: the answer, or the tool call where there is none."""
+        return self.answer or self.tool_call or ""
+
 
 @dataclass(frozen=True)
 class Conversation:
@@ -123,9 +128,25 @@ def parse_row(kind: RowKind, row: Any) -> Row:
         return text_of(row, "text", "")
     if kind == "preference":
         return _preference(row)
+    if kind == "interaction" and row.get("interactions"):
+        raise RowError("interactions", "given, but rows of this source are single interactions")
+    if kind != "hybrid" and (column := hybrid_column(row)):
+        raise RowError(column, "given, but rows of this source are not hybrid ones")
     if kind == "interaction":
         return Conversation((interaction_from_row(row),))
     return conversation_from_row(row, hybrid=kind == "hybrid")
+
+
+def hybrid_column(row: Any) -> str:
+    """The first column with content that only a hybrid row has, also in its interactions; empty if there is none."""
+    if not isinstance(row, Mapping):
+        return ""
+    own = next((name for name in HYBRID_COLUMNS if row.get(name) not in (None, "")), "")
+    listed = row.get("interactions")
+    for index, item in enumerate(listed if isinstance(listed, list) and not own else []):
+        if isinstance(item, Mapping) and (inner := hybrid_column({**item, "interactions": None})):
+            return f"interactions[{index}].{inner}"
+    return own
 
 
 def row_to_json(row: Row) -> dict[str, Any]:
@@ -213,7 +234,7 @@ def text_of(row: Mapping[str, Any], name: str, column: str) -> str:
 
 def _hybrid(row: Mapping[str, Any], reply: Mapping[str, Any], column: str, at: str = "") -> Interaction:
     """A hybrid interaction: what was said in `row`, the reply in `reply` (at `column`, its reply at `at`)."""
-    said = [name for name in ("query", "tool_use") if row.get(name) is not None]
+    said = [name for name in ("query", "tool_use") if row.get(name) not in (None, "")]
     if len(said) != 1:
         raise _bad("query", column, "missing (or 'tool_use')" if not said else "given together with 'tool_use'")
     query = text_of(row, said[0], column)
@@ -275,7 +296,7 @@ def _listed(row: Mapping[str, Any]) -> list[Any]:
 
 def _recall(row: Mapping[str, Any], answer: str, column: str) -> Recall | None:
     """The answer key, or None. Arrow and Parquet fill absent columns with null, so null here means absent."""
-    present = [name for name in _ANSWER_KEY if row.get(name) is not None]
+    present = [name for name in _ANSWER_KEY if row.get(name) not in (None, "")]
     if not present:
         return None
     for name in _ANSWER_KEY:

@@ -147,8 +147,10 @@ class _EpochPlan:
             round((weight - int(weight)) * len(members)) for weight, members in zip(given, self._members, strict=False)
         ]
         self.size = sum(n * len(m) + part for n, m, part in zip(self._whole, self._members, self._part, strict=True))
-        if not self.size:
-            raise DataError(f"the sources' weights {given} leave no row in an epoch: raise them")
+        for number, (whole, part, members) in enumerate(zip(self._whole, self._part, self._members, strict=True)):
+            if len(members) and not whole and not part:
+                few = f"source {number} has {len(members)} rows"
+                raise DataError(f"{few}: with weight {given[number]:g} no epoch holds one; raise the weight")
         self._epoch = -1
         self._rows = np.empty(0, dtype=np.int64)
 

@@ -8,6 +8,7 @@ by any number of tasks, and come out the same. Reading copies nothing: ids are v
 """
 
 import json
+import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -26,7 +27,8 @@ from rxt_platform.data.story_world import Split
 from rxt_platform.errors import ArtifactError, DataError
 
 SUMMARY = "tokens.json"
-_SHARD_BYTES = 32 * 2**20  # of text
+_SHARD_BYTES = 32 * 2**20  # of text, at least
+_MOST_SHARDS = 256  # of a part: each keeps a file open in every process that reads it
 _ROWS_AT_ONCE = 500
 _BINS = 64
 
@@ -54,9 +56,10 @@ def plan_shards(corpus: Path) -> list[ShardPlan]:
         for split in SPLITS:
             first = size = number = 0
             groups = row_groups(corpus, section, split)
+            enough = max(_SHARD_BYTES, sum(groups) // _MOST_SHARDS)
             for group, amount in enumerate(groups, start=1):
                 size += amount
-                if size >= _SHARD_BYTES or group == len(groups):
+                if size >= enough or group == len(groups):
                     plans.append(ShardPlan(section, split, number, (first, group), size))
                     first, size, number = group, 0, number + 1
     return plans
@@ -71,9 +74,11 @@ def make_shard(plan: ShardPlan, corpus: Path, encoder: RowEncoder, directory: Pa
             build.add(row, made)
     batch = build.record_batch()
     path = directory / plan.name
+    attempt = directory / f".{plan.name}.{uuid.uuid4().hex[:8]}"  # a task that is run again has a file of its own
     try:
-        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
+        with pa.OSFile(str(attempt), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
             writer.write_batch(batch)
+        attempt.rename(path)
     except OSError as error:
         raise ArtifactError(f"{path}: {batch.nbytes:,} bytes cannot be written: {error}") from error
     return {"section": plan.section, "split": plan.split, "file": plan.name, **build.counts()}
@@ -83,6 +88,8 @@ def write_summary(directory: Path, shards: Sequence[dict[str, Any]], max_length:
     """`tokens.json` and `bad_rows.jsonl` from the shards' counts; returns totals for the manifest."""
     parts: dict[str, Any] = {}
     metrics: dict[str, float] = {}
+    for leftover in directory.glob(".*"):  # of a task that was killed
+        leftover.unlink()
     with (directory / "bad_rows.jsonl").open("w", encoding="utf-8") as bad:
         for shard in shards:
             name = f"{shard['section']}_{shard['split']}"

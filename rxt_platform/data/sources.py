@@ -33,11 +33,13 @@ from rxt_platform.data.paths import expand, format_of
 from rxt_platform.data.raw import RawRow
 from rxt_platform.data.rows import (
     HYBRID_COLUMNS,
+    ROW_VERSION,
     Conversation,
     Row,
     RowError,
     RowKind,
     guess_kind,
+    hybrid_column,
     parse_row,
     row_to_json,
 )
@@ -87,8 +89,7 @@ def read_source(config: DataConfig, section: Section, source: Source, split: Spl
         yield from _world(section, source, split)
         return
     rows: Iterator[PlacedRow] = _split(source, _parsed(config, section, source, split), split)
-    limits = (source.max_rows, source.validation_rows if split == "validation" else None)
-    rows = islice(rows, min((limit for limit in limits if limit is not None), default=None))
+    rows = islice(rows, source.max_rows)
     if source.max_turns:
         rows = (replace(row, row=_shortened(row.row, source.max_turns)) for row in rows)
     if section == "interactions":
@@ -129,8 +130,8 @@ def source_identity(config: DataConfig) -> dict[str, Any]:
     Sources' weights and the policy for rows that are too long concern later steps only.
     """
     sections: dict[str, Any] = {
-        section: [_identity(config, source) for source in section_sources(config, section)] for section in SECTIONS
-    }
+        "row_version": ROW_VERSION,
+    } | {section: [_identity(config, source) for source in section_sources(config, section)] for section in SECTIONS}
     return {**sections, "validation": config.validation.model_dump(mode="json", exclude={"too_long"})}
 
 
@@ -195,7 +196,10 @@ def _read(file: str, one: RawRow, kind: RowKind | None, columns: Mapping[Any, st
         try:
             if kind is None:
                 raise RowError("", f"of no row kind; {_columns(set(one.value))}")
-            return PlacedRow(file, one.number, parse_row(kind, _renamed(one.value, columns)))
+            value = _renamed(one.value, columns)
+            if kind == "conversation" and hybrid_column(value):  # the first rows did not show it
+                kind = "hybrid"
+            return PlacedRow(file, one.number, parse_row(kind, value))
         except RowError as error:
             problem = error
     raw_text = one.raw or json.dumps(one.value, ensure_ascii=True, default=repr)[:2000]
@@ -253,7 +257,7 @@ def section_kind(section: Section, source: RowsSource, values: list[Mapping[str,
             f"{_label(source)}: {found}: {section} need query and answer, or interactions; "
             "name them by `columns: {query: ..., answer: ...}`"
         )
-    return kind or "conversation"
+    return "hybrid" if kind == "hybrid" else "conversation"  # of one turn or more, row by row
 
 
 def _names(values: list[Mapping[str, Any]], interactions: str) -> set[str]:

@@ -194,13 +194,22 @@ def assemble(
     if query_cut:
         if not cut_query or max_length < 5:
             raise TooLongError(len(prompt) - 1 - len(said), max_length)
-        prompt = prompt[: max(3, max_length - len(opening) - max(1, max_length // 4))]
+        prompt = _cut_prompt(said, before, max(3, max_length - len(opening) - max(1, max_length // 4)))
     prompt += opening
     ids = list(prompt)
     for (marker, _), text_ids in zip(reply, replies, strict=True):
         ids += [marker, *text_ids] if turn.hybrid else text_ids
     ids.append(EOS)
     return EncodedInteraction(tuple(ids[:max_length]), len(prompt), len(ids) > max_length, query_cut)
+
+
+def _cut_prompt(said: list[tuple[int, str]], encoded: Sequence[Sequence[int]], length: int) -> list[int]:
+    """A prompt of at most `length` tokens: instructions lose their end before the query does."""
+    (marker, _), query = said[-1], encoded[-1]
+    kept = [marker, *query][: length - 1]
+    room = length - 1 - len(kept)
+    internal = [INTERNAL, *encoded[0]][:room] if len(said) > 1 and room > 1 else []
+    return [BOS, *internal, *kept]
 
 
 def _said(turn: Interaction) -> list[tuple[int, str]]:
@@ -213,6 +222,18 @@ def _reply(turn: Interaction) -> list[tuple[int, str]]:
     """What the model says: markers and texts."""
     parts = ((THINK, turn.think), (ANSWER, turn.answer), (CALL, turn.tool_call))
     return [(marker, text) for marker, text in parts if text]
+
+
+def answer_ids(ids: Sequence[int]) -> list[int]:
+    """What a reply says: all of a plain one; of a hybrid one its `[A]` part, else its `[C]` part, else its thoughts."""
+    current: list[int] = []
+    parts = {ANSWER: current}
+    for token in ids:
+        if token in (THINK, ANSWER, CALL):
+            current = parts.setdefault(token, [])
+        elif token != EOS:
+            current.append(token)
+    return next((parts[marker] for marker in (ANSWER, CALL, THINK) if parts.get(marker)), [])
 
 
 class TextStream:

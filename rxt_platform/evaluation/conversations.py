@@ -17,7 +17,7 @@ from torch import Tensor
 from rxt_platform.data.batches import Batch, collate, derive_seed
 from rxt_platform.data.examples import Example, RowEncoder, TooLong
 from rxt_platform.data.rows import Conversation, RowError
-from rxt_platform.data.tokenizer import RxtTokenizer
+from rxt_platform.data.tokenizer import RxtTokenizer, answer_ids
 from rxt_platform.errors import DataError
 from rxt_platform.evaluation.recall import matches, recall_of
 from rxt_platform.model.generation import answer_batch
@@ -167,10 +167,11 @@ def _ask(
         return []
     rows = torch.tensor([row for row, _ in questions], device=memory.device)
     prompts = [list(examples[row].turns[turn][: examples[row].target_starts[turn]]) for row, _ in questions]
-    limits = [len(tokenizer.encode(item.answer)) + _SPARE_TOKENS for _, item in questions]
+    replies = [examples[row].turns[turn][examples[row].target_starts[turn] :] for row, _ in questions]
+    limits = [len(reply) + _SPARE_TOKENS for reply in replies]
     answers = [
         [
-            tokenizer.decode(ids)
+            tokenizer.decode(answer_ids(ids))
             for ids in answer_batch(model, prompts, source[:, rows], SamplingOptions(), limits=limits)
         ]
         for source in (memory, initial)
@@ -178,6 +179,6 @@ def _ask(
     outcomes = []
     for (_, item), remembered, forgotten in zip(questions, *answers, strict=True):
         key = item.recall
-        right = [matches(answer, item.answer, key and key.spans) for answer in (remembered, forgotten)]
+        right = [matches(answer, item.reply, key and key.spans) for answer in (remembered, forgotten)]
         outcomes.append(_Outcome(key.distance if key else turn, key and key.task, *right))
     return outcomes

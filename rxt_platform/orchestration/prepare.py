@@ -14,8 +14,9 @@ from rxt_platform.errors import ConfigError
 from rxt_platform.model.files import TOKENIZER
 from rxt_platform.orchestration import ray_jobs
 from rxt_platform.orchestration.plan import PREPARED, Step
-from rxt_platform.orchestration.steps import commit_step
+from rxt_platform.orchestration.steps import commit_step, only_holder, remove_leftovers
 from rxt_platform.orchestration.tokens import make_tokens, needs_workers
+from rxt_platform.storage.directory import verify_directory
 
 FERTILITY = "fertility.json"
 
@@ -26,20 +27,31 @@ def prepare(config: RunConfig, plan: list[Step], connect: Callable[[], object]) 
     `connect` is called when Ray is needed: only for a corpus that is worth several tasks.
     """
     corpus, tokenizer, tokens = plan[: len(PREPARED)]
-    made = []
-    if corpus.finished() is None:
-        make_corpus(config, corpus)
-        made.append(corpus.name)
-    if tokenizer.finished() is None:
-        make_tokenizer(config, tokenizer, corpus.artifact)
-        made.append(tokenizer.name)
-    if tokens.finished() is None:
+
+    def tokens_on_workers() -> None:
         on_workers = None
         if needs_workers(corpus.artifact):
             connect()
             on_workers = ray_jobs.each
         make_tokens(config, tokens, corpus.artifact, tokenizer.artifact, on_workers)
-        made.append(tokens.name)
+
+    makers: list[tuple[Step, list[Step], Callable[[], None]]] = [
+        (corpus, [], lambda: make_corpus(config, corpus)),
+        (tokenizer, [corpus], lambda: make_tokenizer(config, tokenizer, corpus.artifact)),
+        (tokens, [corpus, tokenizer], tokens_on_workers),
+    ]
+    made = []
+    for step, inputs, make in makers:
+        if step.finished() is not None:
+            continue
+        # Runs of other names share steps: only one makes it, and whoever comes later finds it finished or is told.
+        with only_holder(step.work.with_name(step.work.name + ".lock")):
+            if step.finished() is None:
+                remove_leftovers(step)
+                for one in inputs:
+                    verify_directory(one.artifact)  # nothing is made from what was damaged
+                make()
+                made.append(step.name)
     return made
 
 

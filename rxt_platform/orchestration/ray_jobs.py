@@ -136,10 +136,16 @@ def each(function: Callable[..., Result], items: Sequence[Any], shared: Sequence
     waiting = [task.remote(item, *shared) for item in items]
     try:
         return list(ray.get(waiting))
-    except ray.exceptions.RayTaskError as error:
+    except BaseException as error:  # Ctrl-C too: no task may go on writing into a folder that is removed
         for other in waiting:
             ray.cancel(other, force=True)
-        raise (error.cause if isinstance(error.cause, RxtError) else error) from None
+        ray.wait(waiting, num_returns=len(waiting), timeout=30)
+        if isinstance(error, ray.exceptions.RayTaskError) and isinstance(error.cause, RxtError):
+            raise error.cause from None
+        if isinstance(error, ray.exceptions.RayError):
+            lines = str(error).strip().splitlines()
+            raise TrainingError(f"a task of {function.__name__} was lost: {lines[-1]}") from error
+        raise
 
 
 def _worker_environment(job: StageJob) -> dict[str, str]:

@@ -1,15 +1,11 @@
 """Runs a plan: reuses what is finished, makes the rest in order, tracks it, and ends with the report."""
 
-import fcntl
 import importlib.metadata
 import json
 import logging
-import os
 import platform
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,7 +14,7 @@ from typing import Any
 from rxt_platform.config.run import RunConfig
 from rxt_platform.data.corpus import VALIDATION
 from rxt_platform.data.shards import read_summary
-from rxt_platform.errors import ArtifactError, BusyError
+from rxt_platform.errors import ArtifactError
 from rxt_platform.evaluation.recall import mean_recall
 from rxt_platform.evaluation.report import REPORT_FILES, Report, render_table, write_report
 from rxt_platform.model.parameters import measure_size
@@ -27,7 +23,7 @@ from rxt_platform.orchestration.evaluate import RESULT, evaluate_run
 from rxt_platform.orchestration.plan import PREPARED, Step, build_plan, in_temporary_copy
 from rxt_platform.orchestration.prepare import FERTILITY, prepare
 from rxt_platform.orchestration.progress import Console, HistoryFollower
-from rxt_platform.orchestration.steps import stage_job
+from rxt_platform.orchestration.steps import only_holder, remove_leftovers, stage_job
 from rxt_platform.orchestration.tracking import Tracker
 from rxt_platform.storage.directory import Manifest, verify_directory
 
@@ -114,24 +110,6 @@ def run_pipeline(config: RunConfig, console: Console | None = None) -> Report:
     return report
 
 
-@contextmanager
-def only_holder(path: Path) -> Iterator[None]:
-    """A lock file that goes with the process that holds it. Raises BusyError that names the holder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            raise BusyError(
-                f"{path.with_suffix('')}: in use by {lock.read().strip() or 'another driver'}; wait for it or stop it"
-            ) from None
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {platform.node()}")
-        lock.flush()
-        yield
-
-
 def _run_step(run: _Run, step: Step, plan: list[Step]) -> None:
     """Reuse a step's artifact or make it on Ray, with its MLflow record."""
     if step.finished() is None:
@@ -146,8 +124,7 @@ def _run_step(run: _Run, step: Step, plan: list[Step]) -> None:
 
 def _make_step(run: _Run, step: Step, plan: list[Step]) -> None:
     run.connect()
-    for leftover in step.artifact.parent.glob(f".{step.artifact.name}.*"):  # of a killed commit
-        shutil.rmtree(leftover)
+    remove_leftovers(step)
     child = run.tracker.step(step.name, _tags(step, "made"), step.spec, run.open_runs)
     started = time.monotonic()
     status = _train(run, step, plan, child) if step.kind == "training" else _evaluate(run, step, plan)

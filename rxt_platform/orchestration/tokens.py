@@ -59,6 +59,14 @@ def make_one(plan: ShardPlan, corpus: Path, tokenizer: Path, max_length: int, to
 
 def judge_too_long(shards: Sequence[Shard], policy: TooLong, max_bad_share: float) -> None:
     """Raises DataError when rows don't fit the window and that is not allowed, or too many don't."""
+    parts: dict[str, list[Shard]] = {}
+    for shard in shards:
+        parts.setdefault(f"{shard['section']}, {shard['split']}", []).append(shard)
+    for name, part in parts.items():
+        _judge_part(name, part, policy, max_bad_share)
+
+
+def _judge_part(name: str, shards: Sequence[Shard], policy: TooLong, max_bad_share: float) -> None:
     bad = [entry for shard in shards for entry in shard["bad"]]
     if not bad:
         return
@@ -67,10 +75,10 @@ def judge_too_long(shards: Sequence[Shard], policy: TooLong, max_bad_share: floa
     listed += f" (and {len(bad) - _SHOWN} more)" if len(bad) > _SHOWN else ""
     if policy != "quarantine":
         raise DataError(f"{listed}: shorten them, use a longer window, or set data.validation.too_long=truncate")
-    if len(bad) > max_bad_share * rows:
+    if len(bad) > max_bad_share * rows or len(bad) == rows:
         raise DataError(
-            f"{len(bad)} of {rows} rows are too long, more than data.validation.max_bad_share {max_bad_share:g}: "
-            f"{listed}"
+            f"{name}: {len(bad)} of {rows} rows are too long, more than data.validation.max_bad_share "
+            f"{max_bad_share:g}: {listed}"
         )
 
 

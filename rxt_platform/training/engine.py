@@ -90,9 +90,7 @@ class Engine:
         if rows % self.world:
             raise TrainingError(f"global_batch_size {rows} can't be shared by {self.world} workers")
         self.rows = rows // self.world
-        self.micro = stage.config.micro_batch_size or stage.sampler.forward_rows(
-            self.rows, self.world, FORWARD_OVERHEAD[settings.device.type]
-        )
+        self.micro = stage.config.micro_batch_size or self._forward_rows()
         self.accumulation = self.rows // self.micro
         self.optimizer = build_optimizer(model, stage.config.optimizer, self.phases)
         # What no phase trains comes out as it went in, also where DeepSpeed holds it in bf16.
@@ -104,6 +102,13 @@ class Engine:
         if settings.training.compile:
             model.compile_layers()
         self.engine = self._deepspeed(StageProgram(stage, model))
+
+    def _forward_rows(self) -> int:
+        """Rows of a forward where the user did not say: in bf16 all, because DeepSpeed would sum gradients in bf16."""
+        if self.settings.training.precision == "bf16":
+            return self.rows
+        overhead = FORWARD_OVERHEAD[self.settings.device.type]
+        return self.stage.sampler.forward_rows(self.rows, self.world, overhead)
 
     def _deepspeed(self, program: StageProgram) -> Any:
         import deepspeed

@@ -4,6 +4,7 @@ import random
 import threading
 import time
 from dataclasses import fields
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -53,7 +54,8 @@ def test_a_long_text_is_cut_into_windows_that_hold_all_of_it() -> None:
     tokenizer = word_tokenizer()
     text = "Tom has a red hat. Lily likes cake. " * 5
     cut = [example.turns[0] for example in windows(tokenizer.encode(text), 16)]
-    assert [token for window in cut for token in window] == [BOS, *tokenizer.encode(text), EOS]
+    assert [BOS, *(token for window in cut for token in window[1:])] == [BOS, *tokenizer.encode(text), EOS]
+    assert all(after[0] == before[-1] for before, after in pairwise(cut))
     assert max(map(len, cut)) == 16
 
 
@@ -362,7 +364,7 @@ def test_weights_are_how_often_an_epoch_holds_a_source_s_rows(capacity: int | No
 
 
 def test_weights_that_leave_no_row_are_an_error() -> None:
-    with pytest.raises(DataError, match="leave no row in an epoch"):
+    with pytest.raises(DataError, match="no epoch holds one"):
         sampler_of(FromSources(3), 1, weights=[0.1])
 
 

@@ -3,7 +3,6 @@
 import gzip
 import json
 import re
-import resource
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -155,10 +154,10 @@ def test_bad_rows_fail_with_their_places_columns_reasons_and_number(tmp_path: Pa
     )
 
 
-def test_of_many_bad_rows_the_first_are_shown_and_the_others_counted(tmp_path: Path) -> None:
+def test_of_many_bad_rows_the_first_are_shown_and_the_others_not_even_read(tmp_path: Path) -> None:
     message = failure(tmp_path, lines_of([{"text": "good"}, *[{"text": None}] * 30]))
     assert re.findall(r"rows\.jsonl:(\d+)", message) == ["2", "3", "4", "5", "6"]
-    assert "column 'text': null (and 25 more): mend them" in message
+    assert "column 'text': null; and more: mend them" in message
 
 
 def test_quarantine_keeps_every_good_row_and_writes_every_bad_one_aside(tmp_path: Path) -> None:
@@ -409,11 +408,18 @@ def grown(root: Path, size: int) -> float:
         for i in range(size * 2**20 // len(story)):
             file.write(f"Story {i}. {story}\n{END}\n")
     put(root, "held.txt", f"held out\n{END}\n")
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = most_memory()
     corpus_of(config_of(root, "texts", {"path": "rows.txt.gz", "validation_path": "held.txt"}), root / "corpus")
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return most_memory() - before
 
 
+def most_memory() -> float:
+    """MiB that this process has had at most. (What `resource` says includes the process that it was forked from.)"""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux, to ask how much memory was in use")
 def test_memory_does_not_grow_with_the_data(tmp_path: Path) -> None:
     """Each corpus is made by a process of its own. Slow, as the larger one must be more than what may be needed."""
     needed = []

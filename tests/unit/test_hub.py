@@ -84,12 +84,16 @@ def run_of(path: Path | str, **settings: Any) -> DataConfig:
 @pytest.mark.parametrize("streaming", [True, False])
 @pytest.mark.parametrize("turns", TURNS)
 @pytest.mark.parametrize("split", SPLITS)
-def test_the_named_configuration_and_split_are_read(talks: Path, turns: int, split: Split, streaming: bool) -> None:
+def test_the_named_configuration_and_split_are_read(
+    talks: Path, tmp_path: Path, turns: int, split: Split, streaming: bool
+) -> None:
     config = run_of(talks, config=f"steps-{turns}", streaming=streaming)
     assert rows_in(config, "conversations", split) == expected(turns, split)
     rows = placed(config, "conversations", split)
     assert [row.number for row in rows] == list(range(1, ROWS[split] + 1))
     assert {row.file for row in rows} == {row.name for row in rows} == {f"hf:talks:steps-{turns}[{split}]"}
+    kept = list((tmp_path / "cache").rglob("*.arrow"))
+    assert bool(kept) != streaming, "streamed rows leave no copy on the disk, others are read from there"
 
 
 def test_another_split_can_be_named_for_either_side(talks: Path) -> None:

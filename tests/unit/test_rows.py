@@ -212,7 +212,7 @@ def test_every_text_of_an_interaction_is_checked(kind: RowKind, column: str, bad
             "interactions[0].rejected.answer",
             "missing (or 'tool_call')",
         ),
-        ("preference", preference_row(query=""), "interactions[0].query", "empty"),
+        ("preference", preference_row(query=" "), "interactions[0].query", "empty"),
     ],
 )
 def test_a_bad_row_is_named_by_its_column(kind: RowKind, row: Any, column: str, reason: str) -> None:

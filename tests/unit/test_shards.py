@@ -131,10 +131,11 @@ def test_a_long_text_is_several_examples_of_the_same_place(tmp_path: Path) -> No
     text = "Tom has a red hat. " * 20
     shards_of(small_corpus(tmp_path, [{"text": "short"}, {"text": text}], "texts"), tmp_path / "tokens")
     read = TokenShards(tmp_path / "tokens", "texts", "train")
-    ids = [int(i) for example in read[1:] for i in example.turns[0]]
-    assert ids == [BOS, *word_tokenizer().encode(text), EOS]
+    targets = [int(i) for example in read[1:] for i in example.turns[0][1:]]
+    assert [BOS, *targets] == [BOS, *word_tokenizer().encode(text), EOS], "every token but [BOS] is one to predict"
     assert len(read) > 3
     assert {len(example.turns[0]) for example in read[1:-1]} == {WINDOW}
+    assert {example.target_starts for example in read} == {(1,)}
     assert [read.place(i) for i in range(len(read))] == ["rows.jsonl:1"] + ["rows.jsonl:2"] * (len(read) - 1)
 
 
@@ -361,7 +362,7 @@ def test_what_is_too_long_is_set_aside_with_its_place(tmp_path: Path, policy: To
         message = f"{listed}: shorten them, use a longer window, or set data.validation.too_long=truncate"
     else:
         judge_too_long(counts, policy, max_bad_share=1.0)
-        message = f"2 of 5 rows are too long, more than data.validation.max_bad_share 0.1: {listed}"
+        message = f"conversations, train: 2 of 4 rows are too long, more than data.validation.max_bad_share 0.1: {listed}"
     with pytest.raises(DataError) as caught:
         judge_too_long(counts, policy, max_bad_share=0.1)
     assert str(caught.value) == message
