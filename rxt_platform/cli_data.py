@@ -15,12 +15,12 @@ from rxt_platform.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from rxt_platform.config.run import RunConfig
-    from rxt_platform.data.histogram import Panel
-    from rxt_platform.data.parts import Part
-    from rxt_platform.data.samples import Line
     from rxt_platform.data.sources import PlacedRow
     from rxt_platform.data.tokenizer import RxtTokenizer
-    from rxt_platform.data.validation import Finding
+    from rxt_platform.inspection.histogram import Panel
+    from rxt_platform.inspection.parts import Part
+    from rxt_platform.inspection.samples import Line
+    from rxt_platform.inspection.validation import Finding
 
 Command = Callable[..., Any]
 KINDS = ("text", "interaction", "conversation", "hybrid", "preference")
@@ -67,8 +67,8 @@ def inspect(
     **how: str | None,
 ) -> None:
     """Show what is in SOURCE: files, columns, rows, and how long everything is."""
-    from rxt_platform.data.inspection import inspect_part
-    from rxt_platform.data.parts import run_parts
+    from rxt_platform.inspection.measures import inspect_part
+    from rxt_platform.inspection.parts import run_parts
 
     picture = _picture(histogram)
     if _is_run(source):
@@ -82,13 +82,13 @@ def inspect(
     found = [inspect_part(part, counter, window, rows, progress) for part in parts]
     progress.clear()
     if picture:
-        from rxt_platform.data.histogram import panels_of
+        from rxt_platform.inspection.histogram import panels_of
 
         _draw(picture, panels_of(found))
     if as_json:
         click.echo(json.dumps([one.to_json() for one in found], indent=2))
         return
-    from rxt_platform.data.listing import render_inspection
+    from rxt_platform.inspection.listing import render_inspection
 
     click.echo("\n\n\n".join(map(render_inspection, found)))
 
@@ -119,8 +119,8 @@ def validate(
     Rows of a run that its policies set aside are listed too, but are no error.
     """
     from rxt_platform.data.examples import RowEncoder, TooLong
-    from rxt_platform.data.listing import render_validation
-    from rxt_platform.data.validation import Validation
+    from rxt_platform.inspection.listing import render_validation
+    from rxt_platform.inspection.validation import Validation
 
     policy: TooLong = "quarantine"
     run: RunConfig | None = None
@@ -173,7 +173,7 @@ def build(config: str, overrides: tuple[str, ...], histogram: str | None, as_jso
     picture = _picture(histogram)
     built = build_data(load_run(config, overrides))
     if picture:
-        from rxt_platform.data.histogram import panels_of_tokens
+        from rxt_platform.inspection.histogram import panels_of_tokens
 
         _draw(picture, panels_of_tokens(built["tokens"]))
     click.echo(json.dumps(built, indent=2, ensure_ascii=False) if as_json else render_built(built))
@@ -201,7 +201,7 @@ def sample(
     **how: str | None,
 ) -> None:
     """Print some rows of SOURCE, or of the `story_world`, to read: questions with their answer keys."""
-    from rxt_platform.data import samples
+    from rxt_platform.inspection import samples
 
     dice = None if first else seed
     split = how["split"] or "train"
@@ -280,7 +280,7 @@ def _run(source: str, overrides: Sequence[str], how: dict[str, str | None]) -> R
 
 
 def _named(source: str, overrides: Sequence[str], how: dict[str, Any]) -> Part:
-    from rxt_platform.data.parts import named_part
+    from rxt_platform.inspection.parts import named_part
 
     if overrides:
         raise ConfigError(f"{overrides[0]!r}: KEY=VALUE changes a run's YAML, and {source} is none")
@@ -316,7 +316,7 @@ def _picture(path: str | None) -> Path | None:
 
 
 def _draw(path: Path, panels: Sequence[Panel]) -> None:
-    from rxt_platform.data.histogram import draw_lengths
+    from rxt_platform.inspection.histogram import draw_lengths
 
     if not panels:
         raise DataError(f"--histogram {path}: no row can be used, so there is no length to draw")

@@ -25,7 +25,7 @@ from rxt_platform.stages.build import sampling
 from rxt_platform.stages.memory_aware import turn_groups
 from rxt_platform.storage.directory import verify_directory
 from rxt_platform.tables import Table, text_table
-from rxt_platform.training.engine import FORWARD_OVERHEAD
+from rxt_platform.training.engine import forward_rows
 
 _STEPS = 50  # batches of each stage that are measured
 
@@ -81,7 +81,7 @@ def render_built(built: Mapping[str, Any]) -> str:
     ]
     header = ["stage", "section", "steps", "batch", "real tokens", "padded to the longest"]
     tables = [*data_tables(built), Table(header, batches, labels=2)]
-    rendered = [text_table(table, 60) for table in tables]
+    rendered = [text_table(table, 90) for table in tables]
     rendered[-1] += "\nreal tokens: of all positions that the stage computes; last: in whole batches, without packing"
     rendered.append(text_table(Table(["artifact", "", "path", "time"], artifacts, labels=3), 200))
     return "\n\n".join(rendered)
@@ -95,11 +95,8 @@ def _batches(config: RunConfig, stage: StageConfig, tokens: Step) -> dict[str, A
     sampler = BatchSampler(rows, how)
     unpacked = BatchSampler(rows, replace(how, capacity=None))
     workers = config.resources.workers
-    share = stage.global_batch_size // workers
-    micro = stage.micro_batch_size or share
-    if stage.micro_batch_size is None and config.training.precision != "bf16":  # as the engine chooses
-        overhead = FORWARD_OVERHEAD["cuda" if config.resources.use_gpu else "cpu"]
-        micro = sampler.forward_rows(share, workers, overhead)
+    device = "cuda" if config.resources.use_gpu else "cpu"
+    micro = forward_rows(stage, sampler, workers, config.training, device)
 
     def computed(batch: Batch) -> int:
         parts = (part for rank in range(workers) for part in batch.shares(rank, workers, micro))
@@ -126,7 +123,7 @@ def _real_share(sampler: BatchSampler, positions: Callable[[Batch], int]) -> flo
 
 
 def _positions(part: Batch, stage: StageConfig) -> int:
-    """Positions that a forward computes: where turns are taken by groups, each group to its own length."""
-    if not isinstance(stage, MemoryAwareConfig):
-        return part.mask.numel()
-    return sum(part.mask[:, turns, :length].numel() for turns, length in turn_groups(part))
+    """Positions that a forward computes: conversations turn by turn, or by groups of turns, each to its own length."""
+    if isinstance(stage, MemoryAwareConfig):
+        return sum(part.mask[:, turns, :length].numel() for turns, length in turn_groups(part))
+    return len(part.rows) * sum(part.turn_lengths)

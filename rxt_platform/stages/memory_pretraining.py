@@ -39,9 +39,10 @@ class MemoryPretrainingStage:
         loss = memory.new_zeros(())
         change = memory.new_zeros(())
         for turn in range(batch.ids.shape[1]):
-            present, mask = batch.turns[:, turn], batch.mask[:, turn]
+            length = batch.turn_lengths[turn]
+            present, mask = batch.turns[:, turn], batch.mask[:, turn, :length]
             with torch.no_grad():
-                states = model.encode(batch.ids[:, turn], mask)
+                states = model.encode(batch.ids[:, turn, :length], mask)
                 target = self._target(memory, states, mask, batch.seeds, turn)
                 states = self._noisy(states, batch.seeds, 16 + turn, self.config.input_noise, batch.longest)
             written = model.write_states(memory, states, mask)

@@ -17,8 +17,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from rxt_platform.config.run import TrainingConfig
+from rxt_platform.config.stages import StageConfig
 from rxt_platform.data.batches import Batch
 from rxt_platform.data.prefetch import prefetched
+from rxt_platform.data.sampler import BatchSampler
 from rxt_platform.errors import TrainingError
 from rxt_platform.model.transformer import ReactiveTransformer
 from rxt_platform.stages.base import LossReport, Phase, Stage, phase_at
@@ -90,7 +92,7 @@ class Engine:
         if rows % self.world:
             raise TrainingError(f"global_batch_size {rows} can't be shared by {self.world} workers")
         self.rows = rows // self.world
-        self.micro = stage.config.micro_batch_size or self._forward_rows()
+        self.micro = forward_rows(stage.config, stage.sampler, self.world, settings.training, settings.device.type)
         self.accumulation = self.rows // self.micro
         self.optimizer = build_optimizer(model, stage.config.optimizer, self.phases)
         # What no phase trains comes out as it went in, also where DeepSpeed holds it in bf16.
@@ -102,13 +104,6 @@ class Engine:
         if settings.training.compile:
             model.compile_layers()
         self.engine = self._deepspeed(StageProgram(stage, model))
-
-    def _forward_rows(self) -> int:
-        """Rows of a forward where the user did not say: in bf16 all, because DeepSpeed would sum gradients in bf16."""
-        if self.settings.training.precision == "bf16":
-            return self.rows
-        overhead = FORWARD_OVERHEAD[self.settings.device.type]
-        return self.stage.sampler.forward_rows(self.rows, self.world, overhead)
 
     def _deepspeed(self, program: StageProgram) -> Any:
         import deepspeed
@@ -252,6 +247,17 @@ class Engine:
                 full = safe_get_full_fp32_param(parameter)
                 state[name] = (parameter if full is None else full).detach().float().cpu().clone()
         return state
+
+
+def forward_rows(config: StageConfig, sampler: BatchSampler, world: int, training: TrainingConfig, device: str) -> int:
+    """Rows that a forward takes on each of `world` workers: what the user says, or what costs least.
+
+    In bf16 all of a worker's rows: DeepSpeed would sum the gradients of several forwards in bf16.
+    """
+    rows = config.global_batch_size // world
+    if config.micro_batch_size is not None:
+        return config.micro_batch_size
+    return rows if training.precision == "bf16" else sampler.forward_rows(rows, world, FORWARD_OVERHEAD[device])
 
 
 class _Window:

@@ -15,23 +15,22 @@ from datasets import Dataset
 from rxt_platform import cli_data
 from rxt_platform.cli import guarded, rxt
 from rxt_platform.config.loading import load_run
-from rxt_platform.data import histogram, samples, validation
 from rxt_platform.data.corpus import build_corpus
 from rxt_platform.data.examples import RowEncoder
 from rxt_platform.data.formats import FileFormat
-from rxt_platform.data.inspection import Lengths, inspect_part
-from rxt_platform.data.listing import bars
-from rxt_platform.data.parts import named_part, run_parts
 from rxt_platform.data.rows import Conversation, RowKind, parse_row
 from rxt_platform.data.sampler import BatchSampler
 from rxt_platform.data.shards import TokenShards
 from rxt_platform.data.sources import PlacedRow
 from rxt_platform.errors import DataError
+from rxt_platform.inspection import histogram, samples, validation
+from rxt_platform.inspection.listing import bars
+from rxt_platform.inspection.measures import Lengths, inspect_part
+from rxt_platform.inspection.parts import named_part, run_parts
 from rxt_platform.orchestration import data_build
 from rxt_platform.orchestration.plan import build_plan
 from rxt_platform.orchestration.steps import only_holder
 from rxt_platform.stages.build import sampling
-from rxt_platform.training.engine import FORWARD_OVERHEAD
 from tests.support import ROOT, SMALL, small_run
 from tests.unit.data_files import put, put_rows, talk_row, turn
 from tests.unit.helpers import word_tokenizer
@@ -265,9 +264,9 @@ def test_the_picture_has_a_panel_for_each_field(tmp_path: Path) -> None:
     found = inspect_part(named_part(str(tmp_path / "a.jsonl")), word_tokenizer(), 12)
     panels = histogram.panels_of([found])
     assert [(panel.title, panel.axis, panel.window) for panel in panels] == [
-        ("query (30)", "tokens", None),
-        ("answer (30)", "tokens", None),
-        ("interaction (30)", "tokens", 12),
+        ("query", "tokens (of 30)", None),
+        ("answer", "tokens (of 30)", None),
+        ("interaction", "tokens (of 30)", 12),
     ]
     assert [sum(panel.series[0].counts) for panel in panels] == [30, 30, 30]
 
@@ -277,8 +276,11 @@ def test_the_picture_of_a_run_has_a_panel_for_each_section(capsys: Capture, tmp_
     ran(capsys, "inspect", a_run(tmp_path), "--histogram", picture)
     assert picture.read_bytes().startswith(b"\x89PNG")
     parts = [inspect_part(part) for part in run_parts(load_run(a_run(tmp_path)).data)]
-    titles = [panel.title for panel in histogram.panels_of(parts)]
-    assert titles == ["texts (12)", "interactions (12)", "conversations (36)"]
+    assert [(panel.title, panel.axis) for panel in histogram.panels_of(parts)] == [
+        ("texts", "words (of 12)"),
+        ("interactions", "words (of 12)"),
+        ("conversations", "words (of 36)"),
+    ]
 
 
 # ---- validate
@@ -524,11 +526,10 @@ def test_the_share_of_real_tokens_is_that_of_the_stages_own_batches(capsys: Capt
         sampler = BatchSampler(TokenShards(tokens, stage.section, "train"), sampling(stage, 0, config.model.max_length))
         assert one["steps"] == sampler.total_steps <= 50, "so that every step is measured"
         if name != "memory_aware":  # which takes turns in groups, each to its own length
-            share = stage.global_batch_size // 2
-            micro = 4 if name == "sft" else sampler.forward_rows(share, 2, FORWARD_OVERHEAD["cpu"])
+            micro = 4 if name == "sft" else forward_rows(stage, sampler, 2, config.training, "cpu")
             batches = [sampler.global_batch(step) for step in range(sampler.total_steps)]
             parts = [part for batch in batches for rank in range(2) for part in batch.shares(rank, 2, micro)]
-            real = sum(part.tokens for part in parts) / sum(part.mask.numel() for part in parts)
+            real = sum(part.tokens for part in parts) / sum(len(part.rows) * sum(part.turn_lengths) for part in parts)
             assert one["real_share"] == pytest.approx(real)
         assert one["naive_share"] <= one["real_share"] <= 1
     assert built["pretraining"]["real_share"] > 0.85

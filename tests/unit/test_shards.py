@@ -362,7 +362,8 @@ def test_what_is_too_long_is_set_aside_with_its_place(tmp_path: Path, policy: To
         message = f"{listed}: shorten them, use a longer window, or set data.validation.too_long=truncate"
     else:
         judge_too_long(counts, policy, max_bad_share=1.0)
-        message = f"conversations, train: 2 of 4 rows are too long, more than data.validation.max_bad_share 0.1: {listed}"
+        few = "conversations, train: 2 of 4 rows are too long"
+        message = f"{few}, more than data.validation.max_bad_share 0.1: {listed}"
     with pytest.raises(DataError) as caught:
         judge_too_long(counts, policy, max_bad_share=0.1)
     assert str(caught.value) == message

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from rxt_platform.config.data import DataConfig, Task
-from rxt_platform.data.parts import Part
 from rxt_platform.data.rows import Conversation, Interaction, PreferenceEpisode, Recall, Row, row_to_json
 from rxt_platform.data.sources import SECTIONS, SPLITS, PlacedRow, read_source, section_sources
 from rxt_platform.data.story_tasks import MAX_TURNS, MIN_TURNS
 from rxt_platform.data.story_world import TASKS, Split, StoryWorld
 from rxt_platform.errors import ConfigError, DataError
+from rxt_platform.inspection.parts import Part
 
 
 @dataclass(frozen=True)

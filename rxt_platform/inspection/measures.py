@@ -16,11 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rxt_platform.data.corpus import groups_of_rows
-from rxt_platform.data.parts import Part, until_damage
 from rxt_platform.data.rows import Conversation, Interaction, PreferenceEpisode, Row, RowError
 from rxt_platform.data.sources import PlacedRow
 from rxt_platform.data.tokenizer import RxtTokenizer
 from rxt_platform.errors import DataError
+from rxt_platform.inspection.parts import Part, until_damage
 
 Unit = Literal["characters", "words", "tokens"]
 WHOLE = "interaction"

@@ -19,12 +19,12 @@ import numpy as np
 from rxt_platform.config.data import DataConfig, RowsSource, Section, ValidationConfig
 from rxt_platform.data.corpus import groups_of_rows, turns_of_its_own
 from rxt_platform.data.examples import RowEncoder
-from rxt_platform.data.inspection import count_reason, interactions_of, texts_of
 from rxt_platform.data.leakage import HeldOutIndex, words_key
-from rxt_platform.data.parts import Part, source_name, until_damage
 from rxt_platform.data.rows import Conversation, Interaction, PreferenceEpisode, Row, RowError
 from rxt_platform.data.sources import SECTIONS, SPLITS, PlacedRow, read_source, section_sources
 from rxt_platform.data.story_world import Split
+from rxt_platform.inspection.measures import count_reason, interactions_of, texts_of
+from rxt_platform.inspection.parts import Part, source_name, until_damage
 
 _BUCKETS = 64
 _KEPT = 1 << 20  # fingerprints in memory (8 MB); more go to temporary files

@@ -12,8 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from rxt_platform.data.inspection import WHOLE, Inspection, Lengths, Unit, unit_of
 from rxt_platform.data.sources import SECTIONS, SPLITS
+from rxt_platform.inspection.measures import WHOLE, Inspection, Lengths, Unit, unit_of
 
 _BINS = 40
 # The report's: Okabe and Ito's blue and orange.
@@ -95,9 +95,9 @@ def _panel(name: str, unit: Unit, measured: Sequence[Mapping[Unit, Lengths]], wi
     counts = np.sum([one.histogram(-(-limit // width), width) for one in lengths], axis=0)
     number, longest = sum(one.number for one in lengths), max(one.longest for one in lengths)
     hidden = number - int(counts.sum())
-    axis = f"{unit} ({hidden:,} longer, up to {longest:,})" if hidden else unit
+    axis = f"{unit} (of {number:,}{f'; {hidden:,} are longer, up to {longest:,}' if hidden else ''})"
     whole = unit == "tokens" and name not in ("query", "answer")
-    return Panel(f"{name} ({number:,})", axis, [Series("", counts.tolist(), width)], window if whole else None)
+    return Panel(name, axis, [Series("", counts.tolist(), width)], window if whole else None)
 
 
 def _draw(axes: Axes, panel: Panel) -> None:

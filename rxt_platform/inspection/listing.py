@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 
-from rxt_platform.data.inspection import FileCounts, Inspection, Lengths, Unit, unit_of
-from rxt_platform.data.validation import Validation
+from rxt_platform.inspection.measures import FileCounts, Inspection, Lengths, Unit, unit_of
+from rxt_platform.inspection.validation import Validation
 from rxt_platform.tables import Table, text_table
 
 _MOST_FILES = 20
