@@ -96,14 +96,18 @@ class MemoryAwareStage:
     def _memories(self, model: ReactiveTransformer, batch: Batch, phase: Phase) -> list[Tensor]:
         """The memory [L, B, S, D] before each turn, with gradient through its last `bptt_window` writes.
 
-        Absent turns come last in a row, so what is written for them is never read.
+        Absent turns come last in a row, so what is written for them is never read. Where all rows are single turns, the
+        write after them is read with weight zero: every forward must give every trained parameter a gradient, because
+        ZeRO-3 adds those of a step's later forwards to what the first one left, be it the last step's.
         """
         turns = batch.ids.shape[1]
         memories = [model.initial_memory(batch.seeds)]
-        if turns == 1:
-            return memories
         with nullcontext() if "encoder" in phase.trains else torch.no_grad():
-            states = self._encode_turns(model, batch, turns - 1)
+            states = self._encode_turns(model, batch, max(turns - 1, 1))
+        if turns == 1:
+            with nullcontext() if "memory_attention" in phase.trains else torch.no_grad():
+                written = model.write_states(memories[0], states[0], batch.mask[:, 0, : states[0].shape[2]])
+            return [memories[0] + 0.0 * written]
         window = turns if self.config.bptt_window == "all" else self.config.bptt_window
         with nullcontext() if "memory_attention" in phase.trains else torch.no_grad():
             for turn in range(1, turns):

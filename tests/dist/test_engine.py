@@ -1,5 +1,6 @@
 """The engine's promises on real processes: split-invariant, resumable, exact on what is frozen and what is finite."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -8,9 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from rxt_platform.data.rows import Conversation, conversation_to_row
+from rxt_platform.data.story_world import StoryWorld
 from rxt_platform.model.parameters import component_of
 from rxt_platform.storage.directory import read_manifest, seal_directory, verify_directory
-from tests.support import STAGES, Jobs
+from tests.support import STAGES, Jobs, make_jobs
 
 pytestmark = pytest.mark.dist
 
@@ -33,6 +36,31 @@ def test_micro_batches_compute_what_one_batch_does(straight_run: Jobs, new_jobs:
     assert jobs.run("pretraining").returncode == 0
     for whole, parts in zip(straight_run.history("pretraining"), jobs.history("pretraining"), strict=True):
         assert whole["objective"] == pytest.approx(parts["objective"], abs=1e-5)
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_conversations_of_one_turn_train_beside_longer_ones(
+    new_jobs: Callable[..., Jobs], tmp_path_factory: pytest.TempPathFactory, zero_stage: int
+) -> None:
+    """Forwards take rows of like length, so some see single turns only: no memory is written in them."""
+    folder = tmp_path_factory.mktemp("talks")
+    talks = [talk for turns in (2, 3) for talk in StoryWorld(0).conversations("train", 40, turns)]
+    talks += [Conversation(talk.interactions[:1]) for talk in talks[:20]]
+    for name, rows in (("train", talks), ("held", talks[-30:-10])):
+        lines = (json.dumps(conversation_to_row(talk)) + "\n" for talk in rows)
+        (folder / f"{name}.jsonl").write_text("".join(lines))
+    source = f"{{kind: files, path: {folder}/train.jsonl, validation_path: {folder}/held.jsonl}}"
+    settings = [f"data.conversations={source}", "data.validation.duplicates=keep", "stages.memory_aware.curriculum=[]"]
+    settings += ["stages.memory_aware.micro_batch_size=2", "stages.memory_aware.global_batch_size=16"]
+    one = new_jobs(*settings)
+    two = make_jobs(tmp_path_factory.mktemp("two"), *settings, f"training.zero_stage={zero_stage}")
+    for jobs, workers in ((one, 1), (two, 2)):
+        jobs.jobs["memory_aware"] = jobs.jobs["memory_aware"].model_copy(update={"start": None})
+        done = jobs.run("memory_aware", workers)
+        assert done.returncode == 0, done.stderr[-2000:]
+    for alone, shared in zip(one.history("memory_aware"), two.history("memory_aware"), strict=True):
+        assert alone["objective"] == pytest.approx(shared["objective"], abs=1e-5), alone["step"]
+        assert alone["gradient_norm"] == pytest.approx(shared["gradient_norm"], rel=1e-3), alone["step"]
 
 
 @pytest.mark.parametrize("zero_stage", [0, 2, 3])

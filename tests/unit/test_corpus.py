@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+from rxt_platform.config.data import DataConfig
 from rxt_platform.data import corpus
 from rxt_platform.data.corpus import read_conversations, read_rows, row_groups, training_texts
 from rxt_platform.data.rows import Conversation, Interaction, Recall
@@ -442,3 +443,28 @@ def test_the_same_data_makes_the_same_files(tmp_path: Path) -> None:
         made.append({path.name: path.read_bytes() for path in sorted((root / "corpus").iterdir())})
     assert made[0] == made[1]
     assert str(tmp_path) not in made[0]["bad_rows.jsonl"].decode()
+
+
+def test_no_stage_trains_on_a_turn_of_a_held_out_conversation(tmp_path: Path) -> None:
+    """Recall is measured on held-out conversations; their turns must not come back as interactions."""
+    long = "Who was it that the old fisherman met at the well on that cold morning?"
+    shared = {"query": long, "answer": "It was the miller."}
+    small_talk = {"query": "Hello.", "answer": "Hello."}
+    put_rows(tmp_path, "talks.jsonl", [talk_row(1, 2), talk_row(3, 4)])
+    put_rows(tmp_path, "held.jsonl", [{**turn(5), "interactions": [shared, small_talk]}])
+    put_rows(tmp_path, "turns.jsonl", [turn(6), shared, small_talk])
+    put_rows(tmp_path, "held_turns.jsonl", [turn(7)])
+    files = {"kind": "files"}
+    config = DataConfig.model_validate(
+        {
+            "root": str(tmp_path),
+            "interactions": {**files, "path": "turns.jsonl", "validation_path": "held_turns.jsonl"},
+            "conversations": {**files, "path": "talks.jsonl", "validation_path": "held.jsonl"},
+        }
+    )
+    counts = corpus_of(config, tmp_path / "corpus")
+    kept = [row.row for row in kept_in(tmp_path / "corpus", "interactions")]
+    assert [row.interactions[0].query for row in kept] == ["question 6", "Hello."]  # type: ignore[union-attr]
+    assert counts["duplicates"] == 1
+    (dropped,) = bad_rows_in(tmp_path / "corpus")
+    assert dropped["reason"] == "duplicate of the held-out row held.jsonl:1"

@@ -31,6 +31,7 @@ from rxt_platform.orchestration import data_build
 from rxt_platform.orchestration.plan import build_plan
 from rxt_platform.orchestration.steps import only_holder
 from rxt_platform.stages.build import sampling
+from rxt_platform.training.engine import forward_rows
 from tests.support import ROOT, SMALL, small_run
 from tests.unit.data_files import put, put_rows, talk_row, turn
 from tests.unit.helpers import word_tokenizer

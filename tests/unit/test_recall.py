@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rxt_platform.data.rows import Conversation, Interaction, Recall
 from rxt_platform.data.story_world import TASKS, StoryWorld
+from rxt_platform.data.tokenizer import ANSWER, CALL, EOS, THINK, answer_ids, assemble, interaction_texts
 from rxt_platform.evaluation import conversations
 from rxt_platform.evaluation.conversations import evaluate_conversations
 from rxt_platform.evaluation.recall import matches, mean_recall, recall_of
@@ -90,3 +91,35 @@ def test_rows_without_answer_keys_have_no_tasks() -> None:
     result = evaluate_conversations(model, tokenizer, [bare])
     assert set(result.recall) == {"1"}
     assert result.recall_by_task == {}
+
+
+def test_a_hybrid_reply_may_think_as_long_as_its_reference_and_is_judged_by_what_it_says(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    thought = "Tom told me that he has a kite and that he likes it very much."
+    turns = (
+        Interaction("Tom has a kite.", "Good.", hybrid=True),
+        Interaction("What has Tom?", "Tom has a kite.", hybrid=True, think=thought),
+        Interaction("Fly it.", "", hybrid=True, tool_call="fly kite"),
+    )
+    tokenizer = word_tokenizer()
+    model = tiny_model(tiny_config(vocab_size=tokenizer.vocab_size, max_length=96))
+    replies = [assemble(turn, tokenizer.encode_all(interaction_texts(turn)), 96) for turn in turns[1:]]
+    said = iter([reply for reply in replies for _ in range(2)])  # with the memory, and with it reset
+
+    def answers(*_: Any, limits: list[int], **options: Any) -> list[list[int]]:
+        ids = next(said)
+        reply = list(ids.ids[ids.answer_start :])
+        return [reply[: limits[0]]]
+
+    monkeypatch.setattr(conversations, "answer_batch", answers)
+    result = evaluate_conversations(model, tokenizer, [Conversation(turns)])
+    assert result.recall == {"1": recall_of([(True, True)]), "2": recall_of([(True, True)])}
+
+
+def test_what_a_reply_says_is_its_answer_else_its_tool_call() -> None:
+    assert answer_ids([20, 21, EOS]) == [20, 21]
+    assert answer_ids([THINK, 20, ANSWER, 21, 22, CALL, 23, EOS]) == [21, 22]
+    assert answer_ids([THINK, 20, CALL, 23, EOS]) == [23]
+    assert answer_ids([THINK, 20]) == [20]
+    assert answer_ids([]) == []

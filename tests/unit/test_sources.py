@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import tracemalloc
 from itertools import islice
 from pathlib import Path
@@ -13,7 +14,8 @@ from pydantic import ValidationError
 
 from rxt_platform.config.data import DataConfig, FilesSource, Section
 from rxt_platform.data import sources
-from rxt_platform.data.rows import Conversation, Interaction, Recall, Row, row_to_json
+from rxt_platform.data.paths import expand
+from rxt_platform.data.rows import Conversation, Interaction, Recall, Row, RowError, RowKind, parse_row, row_to_json
 from rxt_platform.data.sources import guess_source_kind, read_conversations, read_source, source_identity
 from rxt_platform.data.story_world import Split
 from rxt_platform.errors import DataError
@@ -314,7 +316,7 @@ def test_held_out_rows_are_capped_and_the_rest_is_trained_on(tmp_path: Path) -> 
     assert sorted([*capped["train"], *capped["validation"]], key=str) == sorted(row["text"] for row in rows)
 
 
-def test_a_held_out_file_is_read_as_it_is(tmp_path: Path) -> None:
+def test_a_held_out_file_is_read_whole(tmp_path: Path) -> None:
     put_rows(tmp_path, "rows.jsonl", texts(50))
     put_rows(tmp_path, "other.parquet", [{"text": f"Other {i}."} for i in range(50)])
     for cap in (2000, 10):  # only for what is held out by its content
@@ -524,3 +526,65 @@ def test_documents_of_text_are_parted_by_their_separator(tmp_path: Path) -> None
     put(tmp_path, "rows.txt", "".join(f"Story {i}.\nIts second line.\n{END}\n" for i in range(8)))
     rows = rows_in(held_out(tmp_path, "texts", path="rows.txt"), "texts")
     assert rows == [f"Story {i}.\nIts second line." for i in range(8)]
+
+
+# ---- nothing in a row is lost without a word
+
+
+LATE = [
+    {"query": "q", "think": "Hm.", "answer": "a"},
+    {"query": "q", "answer": "a", "interactions": [{"query": "r", "answer": "b"}]},
+    {"query": "q", "answer": "a", "interactions": [{"query": "r", "answer": "b", "tool_call": "call()"}]},
+]
+
+
+@pytest.mark.parametrize("late", LATE)
+def test_a_row_that_holds_more_than_the_first_hundred_is_read_whole(tmp_path: Path, late: dict[str, Any]) -> None:
+    put_rows(tmp_path, "rows.jsonl", [*pairs(120), late])
+    config = config_of(tmp_path, "conversations", {"path": "rows.jsonl", "validation_path": "rows.jsonl"})
+    last = rows_in(config, "conversations")[-1]
+    assert isinstance(last, Conversation)
+    shown = json.dumps(row_to_json(last))
+    for text in re.findall(r"Hm\.|call\(\)|\"r\"", json.dumps(late)):
+        assert text in shown
+
+
+@pytest.mark.parametrize(
+    ("kind", "row", "column"),
+    [
+        ("interaction", {"query": "q", "answer": "a", "interactions": [turn(1)]}, "interactions"),
+        ("interaction", {"query": "q", "answer": "a", "think": "Hm."}, "think"),
+        (
+            "conversation",
+            {"query": "q", "answer": "a", "interactions": [turn(1, internal="x")]},
+            "interactions[0].internal",
+        ),
+    ],
+)
+def test_content_that_a_row_kind_has_no_place_for_is_an_error(kind: RowKind, row: dict[str, Any], column: str) -> None:
+    with pytest.raises(RowError) as caught:
+        parse_row(kind, row)
+    assert caught.value.column == column
+
+
+def test_empty_cells_of_a_csv_are_no_hybrid_content_and_no_answer_key(tmp_path: Path) -> None:
+    row = {"query": "q", "tool_use": "", "think": "", "answer": "a", "tool_call": "", "answer_span": "", "distance": ""}
+    put_rows(tmp_path, "rows.csv", [row, {**row, "query": "", "tool_use": "result"}])
+    config = config_of(tmp_path, "interactions", {"path": "rows.csv", "validation_path": "rows.csv"})
+    assert [row.interactions[0].query for row in rows_in(config, "interactions")] == ["q", "result"]  # type: ignore[union-attr]
+
+
+def test_two_columns_of_ours_can_t_be_the_same_one_of_the_file(tmp_path: Path) -> None:
+    with pytest.raises(ValidationError, match="two of ours are mapped to 'a'"):
+        config_of(tmp_path, "interactions", {"path": "rows.csv", "columns": {"query": "a", "answer": "a"}})
+
+
+@pytest.mark.parametrize("path", ["data", "data/**/*.jsonl"])
+def test_links_are_followed_and_what_several_lead_to_is_taken_once(tmp_path: Path, path: str) -> None:
+    put_rows(tmp_path, "elsewhere/b.jsonl", texts(3))
+    put_rows(tmp_path, "data/a.jsonl", texts(2))
+    (tmp_path / "data/linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data/again").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data/loop").symlink_to(tmp_path / "data")
+    files = expand(path, tmp_path)
+    assert sorted(file.name for file in files) == ["a.jsonl", "b.jsonl"]

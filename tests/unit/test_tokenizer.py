@@ -303,3 +303,14 @@ def test_many_texts_are_encoded_as_each_is_alone() -> None:
     tokenizer = word_tokenizer()
     texts = ["Tom has a red hat.", " two  spaces", "", "[A] emoji 🐈"]
     assert tokenizer.encode_all(texts) == [tokenizer.encode(text) for text in texts]
+
+
+def test_instructions_lose_their_end_before_the_query_does() -> None:
+    tokenizer = word_tokenizer()
+    turn = Interaction("What has Tom?", "A hat.", hybrid=True, internal="Be kind to everybody. " * 20)
+    made = ids_of(turn, tokenizer, 32, cut_query=True)
+    assert made.query_cut
+    query = tokenizer.encode("What has Tom?")
+    assert list(made.ids[made.answer_start - len(query) - 1 : made.answer_start]) == [QUERY, *query]
+    assert made.ids[:2] == (BOS, INTERNAL)
+    assert 32 - made.answer_start >= 8
