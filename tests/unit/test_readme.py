@@ -5,6 +5,7 @@ import tomllib
 
 import yaml
 
+from rxt_platform.config.data import DataConfig
 from tests.support import ROOT
 
 RUN_BY = {
@@ -46,6 +47,12 @@ def test_every_tier_of_tests_is_collected() -> None:
 def test_files_that_the_readme_links_to_exist() -> None:
     for link in re.findall(r"\]\((?!http)([^)#]+)\)", (ROOT / "README.md").read_text()):
         assert (ROOT / link).exists(), link
+
+
+def test_the_readme_s_data_section_is_valid() -> None:
+    (block,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    config = DataConfig.model_validate(yaml.safe_load(block)["data"])
+    assert [source.kind for source in config.texts or []] == ["hub", "files"]
 
 
 def test_shipped_configs_are_plain_yaml() -> None:
