@@ -106,8 +106,8 @@ class MemoryAwareStage:
             states = self._encode_turns(model, batch, max(turns - 1, 1))
         if turns == 1:
             with nullcontext() if "memory_attention" in phase.trains else torch.no_grad():
-                written = model.write_states(memories[0], states[0], batch.mask[:, 0, : states[0].shape[2]])
-            return [memories[0] + 0.0 * written]
+                unread = model.write_states(memories[0], states[0], batch.mask[:, 0, : states[0].shape[2]])
+            return [memories[0] + 0.0 * unread]
         window = turns if self.config.bptt_window == "all" else self.config.bptt_window
         with nullcontext() if "memory_attention" in phase.trains else torch.no_grad():
             for turn in range(1, turns):
