@@ -83,9 +83,9 @@ def test_killed_worker_is_replaced_and_the_result_is_the_same(finished_pipeline:
     out, err = driver.communicate(timeout=300)
     assert driver.returncode == 0, out[-2000:] + err[-2000:]
     report = read_report(tmp_path)
-    assert report["steps"][2]["status"] == "resumed"
+    assert report["steps"][3]["status"] == "resumed"
     assert weights_of(report) == weights_of(read_report(finished_pipeline))
-    history = (Path(report["steps"][2]["artifact"]) / "history.jsonl").read_text().splitlines()
+    history = (Path(report["steps"][3]["artifact"]) / "history.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in history] == list(range(1, 11))
 
 
