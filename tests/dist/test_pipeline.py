@@ -11,7 +11,8 @@ from mlflow import MlflowClient
 from rxt_platform.errors import BusyError
 from rxt_platform.orchestration.commands import plan_rows
 from rxt_platform.orchestration.plan import build_plan
-from rxt_platform.orchestration.runner import only_holder, run_pipeline
+from rxt_platform.orchestration.runner import run_pipeline
+from rxt_platform.orchestration.steps import only_holder
 from rxt_platform.storage.directory import verify_directory
 from tests.support import ROOT, SMALL, STAGES, environment, read_report, run_driver, small_run, weights_of
 
@@ -112,7 +113,7 @@ def test_second_driver_leaves_and_names_the_first(tmp_path: Path) -> None:
 def test_step_that_another_run_is_making_is_not_made_twice(tmp_path: Path) -> None:
     """Runs of other names share steps by their fingerprint."""
     config = small_run(tmp_path, "name=other")
-    step = build_plan(config)[2]
+    step = build_plan(config)[3]
     lock = step.work.with_name(step.work.name + ".lock")
     with only_holder(lock), pytest.raises(BusyError, match=r"pretraining-\w+: in use by process \d+ on "):
         run_pipeline(config)
