@@ -267,8 +267,7 @@ class _SectionBuild:
                     continue
                 counts.duplicates += duplicate.exact
                 counts.near_duplicates += not duplicate.exact
-                what = "duplicate" if duplicate.exact else f"near duplicate ({duplicate.overlap:.0%} of its 8-grams)"
-                problem = RowError("", f"{what} of the held-out row {self.held_places[duplicate.row]}")
+                problem = duplicate.of(self.held_places[duplicate.row])
                 if self.policy.duplicates == "fail":
                     raise DataError(
                         f"{row.file}:{row.number}: {problem}: data.validation.duplicates=drop leaves it out"

@@ -18,6 +18,8 @@ from itertools import chain
 import numpy as np
 from numpy.typing import NDArray
 
+from rxt_platform.data.rows import RowError
+
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # odd, so that multiplying by it modulo 2^64 loses nothing
 _CACHED_WORDS = 1 << 17  # word hashes kept at a time, ~16 MB: a training set's distinct words have no bound
 _CELLS_PER_SHINGLE = 8  # in the table that sorts out shingles that no held-out row has; at most 1 in 8 passes wrongly
@@ -33,6 +35,11 @@ class Duplicate:
     """Whether the two hold the same words in the same order."""
     overlap: float
     """Share of the shorter one's distinct shingles that the other holds too; 1 for an exact duplicate."""
+
+    def of(self, place: str) -> RowError:
+        """Why a row that repeats the held-out one at `place` can't be used."""
+        what = "duplicate" if self.exact else f"near duplicate ({self.overlap:.0%} of its 8-grams)"
+        return RowError("", f"{what} of the held-out row {place}")
 
 
 class HeldOutIndex:

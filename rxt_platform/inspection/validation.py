@@ -133,7 +133,6 @@ class Validation:
                     checked.repeated = said.count()
                     checked.refused += _refusals(checked, data.validation)
                 self._judge_split(section, split, data.validation)
-        self._judge_too_long(data.validation)
 
     def _start(self, name: str, section: str | None = None, split: str | None = None) -> Checked:
         self.checked.append(Checked(name, section, split))
@@ -194,25 +193,22 @@ class Validation:
         return Finding(row.file, row.number, problem, raw, checked.section, checked.split, repeats)
 
     def _judge_split(self, section: Section, split: Split, policy: ValidationConfig) -> None:
-        """A section needs rows in both splits, and the conversations' need follow-ups."""
+        """A section needs rows in both splits, the conversations' need follow-ups, and few may be too long."""
         sources = [one for one in self.checked if (one.section, one.split) == (section, split)]
         if not sources or any(one.unreadable for one in sources):
             return
         dropped = sum(one.repeats for one in sources) if policy.duplicates == "drop" else 0
-        kept = sum(one.rows - one.bad for one in sources) - dropped
+        too_long = sum(one.too_long for one in sources)
+        kept = sum(one.rows - one.bad for one in sources) + too_long - dropped  # what the tokens step is given
         if not kept:
             sources[-1].refused.append(f"data.{section}: no {split} rows are left")
         elif section == "conversations" and not any(one.follow_ups for one in sources):
             sources[-1].refused.append(f"data.conversations: no {split} row has a follow-up interaction")
-
-    def _judge_too_long(self, policy: ValidationConfig) -> None:
-        """Rows that don't fit the window are judged all together, as the tokens step does."""
-        too_long, rows = sum(one.too_long for one in self.checked), self.rows
         if too_long and policy.too_long == "fail":
-            self.checked[-1].refused.append("rows are too long, and data.validation.too_long is fail")
-        elif too_long > policy.max_bad_share * rows:
+            sources[-1].refused.append("rows are too long, and data.validation.too_long is fail")
+        elif too_long and (too_long > policy.max_bad_share * kept or too_long == kept):
             share = f"data.validation.max_bad_share {policy.max_bad_share:g}"
-            self.checked[-1].refused.append(f"{too_long} of {rows} rows are too long, more than {share}")
+            sources[-1].refused.append(f"{too_long} of {kept} rows are too long, more than {share}")
 
 
 def _refusals(checked: Checked, policy: ValidationConfig) -> list[str]:
@@ -283,8 +279,7 @@ class _HeldOut:
                 continue
             checked.duplicates += duplicate.exact
             checked.near_duplicates += not duplicate.exact
-            what = "duplicate" if duplicate.exact else f"near duplicate ({duplicate.overlap:.0%} of its 8-grams)"
-            found.append(RowError("", f"{what} of the held-out row {self._places[duplicate.row]}"))
+            found.append(duplicate.of(self._places[duplicate.row]))
         return found
 
 

@@ -17,13 +17,12 @@ from rxt_platform.data.shards import TokenShards
 from rxt_platform.errors import ArtifactError
 from rxt_platform.evaluation.data_tables import data_tables
 from rxt_platform.orchestration import ray_jobs
-from rxt_platform.orchestration.plan import PREPARED, Step, build_plan
+from rxt_platform.orchestration.plan import Step, build_plan
 from rxt_platform.orchestration.prepare import prepare
 from rxt_platform.orchestration.runner import data_report
 from rxt_platform.orchestration.steps import only_holder
 from rxt_platform.stages.build import sampling
 from rxt_platform.stages.memory_aware import turn_groups
-from rxt_platform.storage.directory import verify_directory
 from rxt_platform.tables import Table, text_table
 from rxt_platform.training.engine import forward_rows
 
@@ -46,20 +45,19 @@ def build_data(config: RunConfig) -> dict[str, Any]:
         ) from None
     with only_holder(storage / "work" / f"run.{config.name}.lock"):
         try:
-            made = prepare(config, plan, lambda: connected.append(ray_jobs.connect(config.resources)))
+            prepared = prepare(config, plan, lambda: connected.append(ray_jobs.connect(config.resources)))
         finally:
             if any(connected):
                 ray_jobs.disconnect()
-    steps = plan[: len(PREPARED)]
     artifacts = {
-        step.name: {
-            "status": "made" if step.name in made else "reused",
-            "seconds": verify_directory(step.artifact).metrics["seconds"],
-            "path": str(step.artifact),
+        one.step.name: {
+            "status": "made" if one.made else "reused",
+            "seconds": one.manifest.metrics["seconds"],
+            "path": str(one.step.artifact),
         }
-        for step in steps
+        for one in prepared
     }
-    batches = {name: _batches(config, stage, steps[-1]) for name, stage in config.stages.items()}
+    batches = {name: _batches(config, stage, prepared[-1].step) for name, stage in config.stages.items()}
     return {"name": config.name, "artifacts": artifacts, **data_report(plan), "batches": batches}
 
 

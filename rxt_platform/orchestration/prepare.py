@@ -4,6 +4,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from rxt_platform.config.run import RunConfig
@@ -15,16 +16,26 @@ from rxt_platform.model.files import TOKENIZER
 from rxt_platform.orchestration import ray_jobs
 from rxt_platform.orchestration.plan import PREPARED, Step
 from rxt_platform.orchestration.steps import commit_step, only_holder, remove_leftovers
-from rxt_platform.orchestration.tokens import make_tokens, needs_workers
-from rxt_platform.storage.directory import verify_directory
+from rxt_platform.orchestration.tokens import check_batches, make_tokens, needs_workers
+from rxt_platform.storage.directory import Manifest, read_manifest, verify_directory
 
 FERTILITY = "fertility.json"
 
 
-def prepare(config: RunConfig, plan: list[Step], connect: Callable[[], object]) -> list[str]:
-    """Make what is not finished of the plan's first steps; returns the names of those that were made.
+@dataclass(frozen=True)
+class Prepared:
+    """A step whose artifact is there, and whole: made just now, or verified."""
 
-    `connect` is called when Ray is needed: only for a corpus that is worth several tasks.
+    step: Step
+    made: bool
+    manifest: Manifest
+
+
+def prepare(config: RunConfig, plan: list[Step], connect: Callable[[], object]) -> list[Prepared]:
+    """Verify the plan's first steps or make them, in order, so that nothing is made from what was damaged.
+
+    `connect` is called when Ray is needed: only for a corpus that is worth several tasks. Raises an RxtError for
+    whatever input can get wrong, a stage's batch that is larger than its rows included.
     """
     corpus, tokenizer, tokens = plan[: len(PREPARED)]
 
@@ -35,24 +46,25 @@ def prepare(config: RunConfig, plan: list[Step], connect: Callable[[], object]) 
             on_workers = ray_jobs.each
         make_tokens(config, tokens, corpus.artifact, tokenizer.artifact, on_workers)
 
-    makers: list[tuple[Step, list[Step], Callable[[], None]]] = [
-        (corpus, [], lambda: make_corpus(config, corpus)),
-        (tokenizer, [corpus], lambda: make_tokenizer(config, tokenizer, corpus.artifact)),
-        (tokens, [corpus, tokenizer], tokens_on_workers),
+    makers: list[tuple[Step, Callable[[], None]]] = [
+        (corpus, lambda: make_corpus(config, corpus)),
+        (tokenizer, lambda: make_tokenizer(config, tokenizer, corpus.artifact)),
+        (tokens, tokens_on_workers),
     ]
-    made = []
-    for step, inputs, make in makers:
-        if step.finished() is not None:
-            continue
+    prepared = [_prepare_step(step, make) for step, make in makers]
+    check_batches(config, tokens.artifact)
+    return prepared
+
+
+def _prepare_step(step: Step, make: Callable[[], None]) -> Prepared:
+    if step.finished() is None:
         # Runs of other names share steps: only one makes it, and whoever comes later finds it finished or is told.
         with only_holder(step.work.with_name(step.work.name + ".lock")):
             if step.finished() is None:
                 remove_leftovers(step)
-                for one in inputs:
-                    verify_directory(one.artifact)  # nothing is made from what was damaged
                 make()
-                made.append(step.name)
-    return made
+                return Prepared(step, True, read_manifest(step.artifact))
+    return Prepared(step, False, verify_directory(step.artifact))
 
 
 def make_corpus(config: RunConfig, step: Step) -> None:

@@ -87,12 +87,12 @@ def run_pipeline(config: RunConfig, console: Console | None = None) -> Report:
         for step in plan:
             step.artifact.parent.mkdir(parents=True, exist_ok=True)
         try:
-            made = prepare(config, plan, run.connect)
+            prepared = prepare(config, plan, run.connect)
             run.tracker.start(config.name, config.model_dump(mode="json"), run.open_runs)
-            for step in plan[: len(PREPARED)]:
-                manifest = verify_directory(step.artifact)
-                status = "made" if step.name in made else "reused"
-                _record(run, step, Outcome(step, status, manifest.metrics["seconds"], manifest), None)
+            for one in prepared:
+                status = "made" if one.made else "reused"
+                outcome = Outcome(one.step, status, one.manifest.metrics["seconds"], one.manifest)
+                _record(run, one.step, outcome, None)
             for step in plan[len(PREPARED) :]:
                 _run_step(run, step, plan)
             report = _report(run, plan, time.monotonic() - started)

@@ -32,10 +32,9 @@ def needs_workers(corpus: Path) -> bool:
 def make_tokens(
     config: RunConfig, step: Step, corpus: Path, tokenizer: Path, on_workers: Callable[..., list[Shard]] | None = None
 ) -> None:
-    """Make all shards, with `on_workers` (`ray_jobs.each`) as Ray tasks, and check them against the run's settings.
+    """Make all shards, with `on_workers` (`ray_jobs.each`) as Ray tasks.
 
-    Raises DataError for rows that don't fit the window, as `too_long` says, and ConfigError for a batch larger than its
-    rows.
+    Raises DataError for rows that don't fit the window, as `too_long` says.
     """
     metrics: dict[str, float] = {}
     started = time.monotonic()
@@ -48,7 +47,6 @@ def make_tokens(
         )
         judge_too_long(shards, policy.too_long, policy.max_bad_share)
         metrics |= write_summary(folder, shards, config.model.max_length)
-        _check_batches(config, folder)
         metrics["seconds"] = time.monotonic() - started
 
 
@@ -82,7 +80,8 @@ def _judge_part(name: str, shards: Sequence[Shard], policy: TooLong, max_bad_sha
         )
 
 
-def _check_batches(config: RunConfig, folder: Path) -> None:
+def check_batches(config: RunConfig, folder: Path) -> None:
+    """Raises ConfigError for a stage whose batch is larger than its rows, of tokens made now or by another run."""
     for name, stage in config.stages.items():
         weights = [source.weight for source in getattr(config.data, stage.section)]
         rows = TokenShards(folder, stage.section, "train")
