@@ -2,6 +2,7 @@
 
 import logging
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -25,7 +26,7 @@ _PATTERNS = [files.CONFIG, files.WEIGHTS, files.TOKENIZER, FIGURES]
 _CARD = "README.md"
 
 
-class PretrainedModel(nn.Module, ModelHubMixin):
+class PretrainedModel(nn.Module, ModelHubMixin, ABC):
     """What all faces of a model share: `from_pretrained`, `save_pretrained`, `push_to_hub`, a tokenizer, figures."""
 
     has_figures: ClassVar[bool] = True
@@ -72,18 +73,18 @@ class PretrainedModel(nn.Module, ModelHubMixin):
                 logger.warning("%s: the figures beside the weights are of other weights: left out", directory)
         return model.eval()
 
+    @abstractmethod
     def weights(self) -> dict[str, Tensor]:
         """The tensors that are saved, by their names in the file."""
-        raise NotImplementedError
 
     @classmethod
+    @abstractmethod
     def from_directory(cls, directory: Path, tokenizer: RxtTokenizer | None, dtype: torch.dtype | None = None) -> Self:
         """The model in a local directory."""
-        raise NotImplementedError
 
+    @abstractmethod
     def settings(self) -> dict[str, Any]:
         """What `config.json` holds."""
-        raise NotImplementedError
 
     def save_pretrained(
         self,
@@ -158,9 +159,9 @@ class PretrainedModel(nn.Module, ModelHubMixin):
         head = card_metadata(name, self.figures).to_yaml()
         return ModelCard(f"---\n{head}\n---\n\n{card_text(name, self.facts(), self.figures)}")
 
+    @abstractmethod
     def facts(self) -> Mapping[str, str]:
         """What the card's table says of the model."""
-        raise NotImplementedError
 
     def own_tokenizer(self) -> RxtTokenizer:
         """The tokenizer; DataError without one."""
@@ -169,9 +170,9 @@ class PretrainedModel(nn.Module, ModelHubMixin):
         return self.tokenizer
 
     @property
+    @abstractmethod
     def vocab_size(self) -> int:
         """Token ids that the model knows."""
-        raise NotImplementedError
 
     def set_tokenizer(self, tokenizer: RxtTokenizer) -> None:
         """Use this tokenizer from now on; DataError if it has more tokens than the model."""
