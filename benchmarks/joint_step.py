@@ -9,12 +9,10 @@ doesn't use and which would run the experts in fp32 (it doesn't know grouped_mm)
 the same weights after `compile_layers()`; steps alternate. `empty memory` is the part of a step that draws initial
 memories for the decoder-only rows, on the host.
 
-FLOPs of a step: 3 x those of the forward (a backward computes two products for each one), which are, multiply-add = 2,
-    tokens x (2 x active weights of decoder with head and encoder + 4 x heads x head size x positions attended to)
-    + memory positions x 2 x weights of the cross-attentions' keys and values + masked tokens x 2 x weights of MLM head.
-Causal self-attention is counted at half the window, memory cross-attention at all positions that it is given.
-The peak is --peak-tflops; without it the data sheet's 989 (dense bf16) on an H100 or H200, and elsewhere the best of
-the matrix products that are timed between the steps.
+FLOPs of a step are those of the engine's own utilisation, `JointStage.flops`: matrix products of forward and backward,
+causal self-attention at half the window, memory cross-attention at all positions that it is given, heads at the tokens
+whose loss is computed. The peak is --peak-tflops; without it the data sheet's 989 (dense bf16) on an H100 or H200, and
+elsewhere the best of the matrix products that are timed between the steps.
 """
 
 import copy
@@ -26,7 +24,7 @@ import click
 import torch
 import torch.nn.functional as F
 from timing import Machine, gemm_flops, interleaved, machine_options, ratio, report, spread
-from torch import Tensor, nn
+from torch import Tensor
 
 from rxt_platform.config.loading import load_preset, preset_names
 from rxt_platform.config.stages import JointPretrainingConfig, OptimizerConfig
@@ -35,11 +33,12 @@ from rxt_platform.data.examples import Example
 from rxt_platform.data.sampler import BatchSampler, Sampling
 from rxt_platform.data.tokenizer import BOS, SPECIAL_TOKENS
 from rxt_platform.model import heads
-from rxt_platform.model.parameters import component_of, decode_flops
+from rxt_platform.model.flops import ForwardFlops
+from rxt_platform.model.parameters import component_of
 from rxt_platform.model.transformer import ReactiveTransformer
 from rxt_platform.stages.joint import JointStage
+from rxt_platform.training.measures import DATA_SHEET_TFLOPS
 
-DATA_SHEET_TFLOPS = {"H100": 989.0, "H200": 989.0}  # bf16, dense
 LOSS_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # of compiled against eager, relative
 
 
@@ -55,27 +54,6 @@ def joint_stage(model: ReactiveTransformer, rows: int, seed: int) -> JointStage:
     return JointStage(
         settings, BatchSampler(examples, Sampling(rows, seed, mask_probability=settings.loss.mask_probability))
     )
-
-
-def forward_flops(model: ReactiveTransformer, batch: Batch) -> int:
-    """FLOPs of the forward of a joint step on full windows, see the top of this file."""
-    config = model.config
-    tokens, length = batch.mask.numel(), batch.mask.shape[-1]
-    read = max(config.memory.slots, length)  # encoder states and empty memories are padded to the longer
-    flops = tokens * decode_flops(model)  # with self-attention to the full window, and the memory's slots
-    for layer in model.decoder.layers:
-        flops -= tokens * 2 * layer.self_attention.output.in_features * length
-        if layer.stateful:
-            cross = layer.cross_attention
-            flops += tokens * 4 * cross.output.in_features * (read - config.memory.slots)
-            flops += batch.total_rows * read * 2 * (cross.key.weight.numel() + cross.value.weight.numel())
-    for encoded in model.encoder.layers:
-        flops += tokens * (2 * _linear_weights(encoded) + 4 * encoded.attention.output.in_features * length)
-    return flops + batch.total_hidden * 2 * _linear_weights(model.mlm_head)
-
-
-def _linear_weights(module: nn.Module) -> int:
-    return sum(part.weight.numel() for part in module.modules() if isinstance(part, nn.Linear))
 
 
 def training_step(model: ReactiveTransformer, stage: JointStage, batch: Batch) -> Callable[[], float]:
@@ -148,7 +126,8 @@ def main(
     peak = peak_tflops or sheet or measured
     source = "given" if peak_tflops else "data sheet" if sheet else "best matrix product of this run"
 
-    flops, tokens = 3 * forward_flops(model, batch), batch.mask.numel()
+    (phase,) = stage.phases()
+    flops, tokens = stage.flops(ForwardFlops.of(model), batch, phase), batch.mask.numel()
     print(f"\n{preset}, {rows} x {batch.mask.shape[-1]} tokens, {flops / 1e9:,.1f} GFLOPs a step; ", end="")
     print(f"peak {peak:,.3g} TFLOP/s ({source}), matrix product {measured:,.3g} TFLOP/s")
     print(f"{'arm':<16}{'ms':>10}{'low':>10}{'high':>10}{'tokens/s':>12}{'TFLOP/s':>10}{'MFU':>8}{'eager/arm':>11}")

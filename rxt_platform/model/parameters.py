@@ -9,9 +9,8 @@ from torch import nn
 
 from rxt_platform.config.model import ModelConfig
 from rxt_platform.config.stages import Component
-from rxt_platform.model.attention import Attention
 from rxt_platform.model.feedforward import MixtureOfExperts
-from rxt_platform.model.memory import ResidualGate
+from rxt_platform.model.flops import ForwardFlops
 from rxt_platform.model.transformer import ReactiveTransformer
 
 
@@ -71,6 +70,7 @@ def measure_size(config: ModelConfig) -> ModelSize:
         embedding + decoder.active + encoder.active + memory.active,
     )
     state = config.layers * config.memory.slots * config.hidden_size
+    flops = ForwardFlops.of(model)
     return ModelSize(
         components={
             "decoder": Count(decoder.parameters + embedding, decoder.active + embedding),
@@ -81,7 +81,7 @@ def measure_size(config: ModelConfig) -> ModelSize:
         total=total,
         weight_bytes={"fp32": 4 * total.parameters, "bf16": 2 * total.parameters},
         memory={"numbers": state, "fp32": 4 * state, "bf16": 2 * state},
-        flops_per_token={"decode": decode_flops(model), "write": write_flops(model)},
+        flops_per_token={"decode": flops.generated_token, "write": flops.written_token},
     )
 
 
@@ -96,64 +96,9 @@ def count(module: nn.Module) -> Count:
     return Count(total, total - idle)
 
 
-def decode_flops(model: ReactiveTransformer) -> int:
-    """FLOPs of one generated token: every product with a weight, and attention to a full window and all slots."""
-    config, flops = model.config, _product_flops(model.decoder)
-    for layer in model.decoder.layers:
-        flops += _reading_flops(layer.self_attention, config.max_length)
-        if layer.stateful:
-            flops += _reading_flops(layer.cross_attention, config.memory.slots)
-            flops -= _product_flops(layer.cross_attention.key) + _product_flops(layer.cross_attention.value)
-    return flops
-
-
-def write_flops(model: ReactiveTransformer) -> int:
-    """FLOPs of encoding and writing a full window and projecting the memory's new keys and values, for each token."""
-    window, slots = model.config.max_length, model.config.memory.slots
-    flops = 0
-    for layer in model.encoder.layers:
-        flops += window * _product_flops(layer.feed_forward) + _attention_flops(layer.attention, window, window)
-        if layer.frozen_memory is not None:
-            flops += _attention_flops(layer.frozen_memory.attention, window, slots)
-    for written in model.memory_attention.layers:
-        flops += _attention_flops(written.write_attention, slots, window)
-        if written.variant != "simple":
-            flops += _attention_flops(written.self_attention, slots, slots)
-        gates = [gate for gate in written.children() if isinstance(gate, ResidualGate)]
-        flops += sum(_product_flops(gate) for gate in gates)
-    for read in model.decoder.layers:
-        if read.stateful:
-            cross = read.cross_attention
-            flops += slots * (_product_flops(cross.key) + _product_flops(cross.value))
-    return flops // window
-
-
-def _attention_flops(attention: Attention, queries: int, context: int) -> int:
-    """All products of an attention of `queries` tokens over `context` tokens."""
-    keys = _product_flops(attention.key) + _product_flops(attention.value)
-    return context * keys + queries * (_product_flops(attention) - keys + _reading_flops(attention, context))
-
-
 def _routed(mixture: MixtureOfExperts) -> Iterable[nn.Parameter]:
     weights = (mixture.input_weight, mixture.input_bias, mixture.output_weight, mixture.output_bias)
     return [weight for weight in weights if weight is not None]
-
-
-def _product_flops(module: nn.Module) -> int:
-    """2 * the weights that one token is multiplied with."""
-    flops = 0
-    for part in module.modules():
-        if isinstance(part, nn.Linear):
-            flops += 2 * part.weight.numel()
-        elif isinstance(part, MixtureOfExperts):
-            routed = part.input_weight.numel() + part.output_weight.numel()
-            flops += 2 * routed * part.config.per_token // part.config.number
-    return flops
-
-
-def _reading_flops(attention: Attention, context: int) -> int:
-    """Scores and weighted values of one query token over `context` positions."""
-    return 4 * max(attention.query_heads, attention.key_value_heads) * attention.head_size * context
 
 
 def render_sizes(sizes: Mapping[str, ModelSize]) -> str:

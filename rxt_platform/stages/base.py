@@ -10,6 +10,7 @@ from torch import Tensor
 from rxt_platform.config.stages import Component, StageConfig
 from rxt_platform.data.batches import Batch
 from rxt_platform.data.sampler import BatchSampler
+from rxt_platform.model.flops import ForwardFlops
 from rxt_platform.model.transformer import ReactiveTransformer
 
 
@@ -76,9 +77,17 @@ class Stage(Protocol):
         """Loss of a part of a global batch, with gradient to the components that `phase` trains."""
         ...
 
+    def flops(self, model: ForwardFlops, batch: Batch, phase: Phase) -> int:
+        """FLOPs of `loss` and its backward pass on a part of a global batch, without what is computed again."""
+        ...
+
     def evaluate(self, model: ReactiveTransformer, batch: Batch, phase: Phase) -> LossReport:
         """What `loss before` and `loss after` are: the stage's metrics on a part of a held-out batch."""
         ...
+
+
+TURNS = 2**16
+"""More than a conversation has: purposes of draws that are made for each turn are so far apart."""
 
 
 def row_noise(seeds: Tensor, shape: tuple[int, ...], purpose: int, like: Tensor) -> Tensor:

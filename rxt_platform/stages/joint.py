@@ -16,6 +16,7 @@ from rxt_platform.data.batches import Batch
 from rxt_platform.data.sampler import BatchSampler
 from rxt_platform.data.tokenizer import MASK
 from rxt_platform.model.documents import Documents
+from rxt_platform.model.flops import ForwardFlops
 from rxt_platform.model.loss import target_loss
 from rxt_platform.model.transformer import ReactiveTransformer
 from rxt_platform.stages.base import LossReport, Phase, row_noise, row_uniform, with_metrics
@@ -45,6 +46,14 @@ class JointStage:
     def loss(self, model: ReactiveTransformer, batch: Batch, phase: Phase) -> LossReport:
         """`encoder_weight * CE(masked tokens) + decoder_weight * (CE(targets) + balance)`, over the global batch."""
         return self._loss(model, batch, self.config.loss.decoder_only)
+
+    def flops(self, model: ForwardFlops, batch: Batch, phase: Phase) -> int:
+        """Forward and backward of encoder, decoder and both heads."""
+        rows, _, length = batch.ids.shape
+        read = max(model.config.memory.slots, length) if self.config.loss.decoder_only else length
+        decoded = model.decode(rows, length, batch.tokens, read)
+        heads = model.head(int(batch.targets.sum())) + model.masked_head(int(batch.hidden.sum()))
+        return model.train_encoder(rows, length) + 3 * (decoded + heads)
 
     def evaluate(self, model: ReactiveTransformer, batch: Batch, phase: Phase) -> LossReport:
         """The same, with every decoder on the empty memory: encoder states of a text would tell it what follows."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from rxt_platform.config.stages import Component, MemoryAwareConfig
 from rxt_platform.data.batches import Batch
 from rxt_platform.data.sampler import BatchSampler
+from rxt_platform.model.flops import ForwardFlops
 from rxt_platform.model.loss import target_loss
 from rxt_platform.model.transformer import ReactiveTransformer
 from rxt_platform.stages.base import LossReport, Phase, with_metrics
@@ -88,6 +89,27 @@ class MemoryAwareStage:
             balance=balance,
             memory_change=change,
         ).using(torch.stack(usage).sum(dim=0))
+
+    def flops(self, model: ForwardFlops, batch: Batch, phase: Phase) -> int:
+        """The decoder's forward and backward, and of encoder and writes the forward, or both where they train."""
+        rows, turns = batch.turns.shape
+        encoded = max(turns - 1, 1)
+        window = turns if self.config.bptt_window == "all" else self.config.bptt_window
+        total = model.head(3 * int(batch.targets.sum()))
+        for group, length in turn_groups(batch):
+            together = rows * (group.stop - group.start)
+            real = int((batch.mask[:, group] & batch.turns[:, group, None]).sum())
+            total += 3 * model.decode(together, length, real, model.config.memory.slots)
+        encode = model.train_encoder if "encoder" in phase.trains else model.encode
+        written: list[int] = []
+        for group, length in turn_groups(batch, encoded):
+            total += encode(rows * (group.stop - group.start), length)
+            written += [length] * (group.stop - group.start)
+        times = 3 if "memory_attention" in phase.trains else 1
+        for turn in range(1, encoded + 1):
+            first = turn - 1 if window >= turn else turn - window
+            total += sum(times * model.write(rows, written[earlier]) for earlier in range(first, turn))
+        return total
 
     def evaluate(self, model: ReactiveTransformer, batch: Batch, phase: Phase) -> LossReport:
         """The training loss, on held-out conversations."""

@@ -16,8 +16,9 @@ from torch import Tensor
 from rxt_platform.config.stages import LabelWeights, MemoryPretrainingConfig
 from rxt_platform.data.batches import Batch
 from rxt_platform.data.sampler import BatchSampler
+from rxt_platform.model.flops import ForwardFlops
 from rxt_platform.model.transformer import ReactiveTransformer
-from rxt_platform.stages.base import LossReport, Phase, row_noise, row_uniform, with_metrics
+from rxt_platform.stages.base import TURNS, LossReport, Phase, row_noise, row_uniform, with_metrics
 
 
 class MemoryPretrainingStage:
@@ -44,7 +45,7 @@ class MemoryPretrainingStage:
             with torch.no_grad():
                 states = model.encode(batch.ids[:, turn, :length], mask)
                 target = self._target(memory, states, mask, batch.seeds, turn)
-                states = self._noisy(states, batch.seeds, 16 + turn, self.config.input_noise, batch.longest)
+                states = self._noisy(states, batch.seeds, TURNS + turn, self.config.input_noise, batch.longest)
             written = model.write_states(memory, states, mask)
             distance = -F.cosine_similarity(written, target, dim=-1).mean(dim=(0, 2))
             loss = loss + (distance * present).sum() / batch.total_turns
@@ -53,17 +54,26 @@ class MemoryPretrainingStage:
             memory = written
         return with_metrics(loss, loss=loss, memory_change=change)
 
+    def flops(self, model: ForwardFlops, batch: Batch, phase: Phase) -> int:
+        """The encoder's forward, and forward and backward of the writes.
+
+        The targets' means over segments, no work of the model's, are not counted, though `by_slot` takes them as
+        matrix products.
+        """
+        rows = len(batch.rows)
+        return sum(model.encode(rows, length) + 3 * model.write(rows, length) for length in batch.turn_lengths)
+
     def evaluate(self, model: ReactiveTransformer, batch: Batch, phase: Phase) -> LossReport:
         """The training loss, on held-out conversations."""
         return self.loss(model, batch, phase)
 
     def _target(self, memory: Tensor, states: Tensor, mask: Tensor, seeds: Tensor, turn: int) -> Tensor:
         """`(1 - w) * memory + w * states by slot`, plus label noise: [L, B, S, D]; w = 0 in slots without a token."""
-        draws = row_uniform(seeds, (1,), 32 + turn, states.device)
+        draws = row_uniform(seeds, (1,), 2 * TURNS + turn, states.device)
         content, filled = by_slot(states, mask, memory.shape[2])
         weight = (label_weight(self.config.label_weights, turn, draws) * filled)[None, :, :, None]
         target = (1 - weight) * memory + weight * content
-        return self._noisy(target, seeds, 64 + turn, self.config.label_noise, target.shape[2])
+        return self._noisy(target, seeds, 3 * TURNS + turn, self.config.label_noise, target.shape[2])
 
     def _noisy(self, x: Tensor, seeds: Tensor, purpose: int, level: float, drawn: int) -> Tensor:
         """`x` [L, B, P, D] with noise, drawn for `drawn` >= P positions so that it does not depend on padding."""

@@ -13,11 +13,6 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
-
-from rxt_platform.config.loading import load_preset
-from rxt_platform.model.transformer import ReactiveTransformer
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SMALL = {
@@ -104,25 +99,6 @@ def test_conversation_is_drawn(tmp_path: Path) -> None:
     _, result = run("latency_by_turn", "--repeats", "1", "--batch", "2", "--plot", str(tmp_path / "turns.png"))
     assert result.exit_code == 0, result.output
     assert (tmp_path / "turns.png").read_bytes()[1:4] == b"PNG"
-
-
-def test_flops_of_a_joint_step_are_those_that_torch_counts() -> None:
-    module = importlib.import_module("joint_step")
-    model = ReactiveTransformer(load_preset("tiny"))
-    stage = module.joint_stage(model, 3, seed=0)
-    batch = stage.sampler.global_batch(0)
-    grouped = {torch.ops.aten._grouped_mm: lambda a, b, *_, out_shape=None, **__: 2 * a[0] * a[1] * b[2]}
-    with FlopCounterMode(display=False, custom_mapping=grouped) as counter, sdpa_kernel(SDPBackend.MATH):
-        stage.loss(model, batch, stage.phases()[0])
-    config, tokens = model.config, batch.mask.numel()
-    # Biases are products with one-hot rows: no work of the model's.
-    experts = config.decoder.experts
-    rows = config.layers * tokens * experts.number
-    biases = 2 * rows * (experts.per_token * 2 * experts.size + config.hidden_size)
-    # We count causal attention once, at half the window; and the head at every position, also each text's last.
-    causal = sum(2 * tokens * layer.self_attention.output.in_features * 128 for layer in model.decoder.layers)
-    last = 2 * batch.total_rows * config.hidden_size * config.vocab_size
-    assert module.forward_flops(model, batch) == counter.get_total_flops() - causal - biases + last
 
 
 def test_run_without_ray_deepspeed_and_mlflow() -> None:

@@ -11,7 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from rxt_platform.cli import guarded, rxt
 from rxt_platform.config.loading import load_preset, preset_names
 from rxt_platform.config.model import ModelConfig
-from rxt_platform.model.parameters import ModelSize, component_of, decode_flops, measure_size, write_flops
+from rxt_platform.model.flops import ForwardFlops
+from rxt_platform.model.parameters import ModelSize, component_of, measure_size
 from rxt_platform.model.transformer import ReactiveTransformer
 from tests.unit.helpers import rows_of, tiny_config, tiny_model
 
@@ -144,7 +145,7 @@ def dense_config(variant: str) -> ModelConfig:
     return tiny_config(memory={"variant": variant, "gate": "linear"}, decoder=decoder, encoder=encoder)
 
 
-def test_decode_flops_are_those_of_a_step_at_the_end_of_the_window() -> None:
+def test_flops_of_a_generated_token_are_those_of_a_step_at_the_end_of_the_window() -> None:
     model = tiny_model(dense_config("interlayer"))
     window = model.config.max_length
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
@@ -152,17 +153,17 @@ def test_decode_flops_are_those_of_a_step_at_the_end_of_the_window() -> None:
         with FlopCounterMode(display=False) as counter:
             states = model.decoder.step(model.embedding(torch.tensor([[20]])), torch.tensor([[window - 1]]), cache)
             model.decoder.head(states)
-    assert decode_flops(model) == counter.get_total_flops()
+    assert ForwardFlops.of(model).generated_token == counter.get_total_flops()
 
 
 @pytest.mark.parametrize("variant", ["simple", "self", "interlayer", "self-interlayer"])
-def test_write_flops_are_those_of_writing_a_full_window(variant: str) -> None:
+def test_flops_of_a_written_token_are_those_of_writing_a_full_window(variant: str) -> None:
     model = tiny_model(dense_config(variant))
     window = model.config.max_length
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         memory = model.write(model.initial_memory(torch.tensor([1])), torch.tensor(rows_of(window)))
         model.decoder.start_cache(memory, 1, window)
-    assert write_flops(model) == counter.get_total_flops() // window
+    assert ForwardFlops.of(model).written_token == counter.get_total_flops() // window
 
 
 def test_a_token_costs_the_products_of_its_own_experts_only() -> None:
