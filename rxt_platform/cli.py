@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rxt_platform.cli_data import data
-from rxt_platform.errors import ConfigError, DataError, RxtError
+from rxt_platform.errors import ConfigError, DataError, RxtError, StoppedError
 
 if TYPE_CHECKING:
     from rxt_platform.config.run import RunConfig
@@ -174,7 +174,8 @@ def guarded(command: Callable[[], Any]) -> int:
     try:
         command()
     except RxtError as error:
-        click.echo(f"error: {' '.join(str(error).splitlines())}", err=True)
+        told = "stopped" if isinstance(error, StoppedError) else "error"
+        click.echo(f"{told}: {' '.join(str(error).splitlines())}", err=True)
         return error.exit_code
     except click.ClickException as error:
         error.show()

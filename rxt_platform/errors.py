@@ -9,6 +9,7 @@ class RxtError(Exception):
     """Base of everything that a user can mend; `exit_code` is the process's exit status."""
 
     exit_code = 1
+    on_all_ranks = False  # raised by every rank of a training job at the same place
 
 
 class ConfigError(RxtError):
@@ -49,3 +50,9 @@ class BusyError(RxtError):
 
 class TrainingError(RxtError):
     """Training stopped: a loss that is not finite, a worker that failed for good."""
+
+
+class StoppedError(RxtError):
+    """Training was asked to stop (SIGTERM, Ctrl-C) and did so with a checkpoint: the same command goes on."""
+
+    exit_code = 3

@@ -19,6 +19,7 @@ from rxt_platform.orchestration.steps import stage_job
 from rxt_platform.training.job import StageJob
 
 ROOT = Path(__file__).parents[1]
+BIN = Path(sys.executable).parent
 SMALL = [
     "data.texts.train_rows=160",
     "data.texts.validation_rows=16",
@@ -32,7 +33,7 @@ SMALL = [
     "model.decoder.experts.size=32",
     "evaluation.conversations=8",
     "evaluation.samples=1",
-    "training.checkpoint_every=3",
+    "training.checkpoints.every=3",
     "training.log_every=1",
     "stages.pretraining.packing=1",
     "stages.pretraining.global_batch_size=8",

@@ -1,7 +1,7 @@
 """A whole run: data, model, stages, resources, tracking. One YAML file becomes one RunConfig."""
 
 import re
-from typing import Literal, Self
+from typing import Self
 
 from pydantic import Field, model_validator
 
@@ -9,6 +9,7 @@ from rxt_platform.config.base import Spec
 from rxt_platform.config.data import DataConfig
 from rxt_platform.config.model import ModelConfig
 from rxt_platform.config.stages import StageConfig
+from rxt_platform.config.training import TrainingConfig
 
 _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_.-]*")
 _SMALLEST_VOCABULARY = 267
@@ -23,25 +24,6 @@ class ResourcesConfig(Spec):
     cpus_per_worker: int = Field(1, gt=0)
     use_gpu: bool = False
     max_failures: int = Field(2, ge=0, description="worker losses that a job survives by resuming")
-
-
-class TrainingConfig(Spec):
-    """How the engine trains: what all stages share."""
-
-    precision: Literal["fp32", "bf16"] = "fp32"
-    zero_stage: Literal[0, 1, 2, 3] = 1
-    compile: bool = Field(
-        False, description="compile the layers with torch.compile: minutes at the start, faster steps on a GPU"
-    )
-    checkpoint_every: int = Field(200, gt=0, description="steps between resume states")
-    keep_checkpoints: int = Field(2, gt=0)
-    log_every: int = Field(10, gt=0, description="steps between metrics in the log and in MLflow")
-
-    @model_validator(mode="after")
-    def _bf16_needs_zero(self) -> Self:
-        if self.precision == "bf16" and self.zero_stage == 0:
-            raise ValueError("bf16 needs zero_stage >= 1: stage 0 takes another optimizer path and its losses differ")
-        return self
 
 
 class EvaluationConfig(Spec):
@@ -116,11 +98,23 @@ class RunConfig(Spec):
         workers = self.resources.workers
         for name, stage in self.stages.items():
             rows, micro = stage.global_batch_size, stage.micro_batch_size
+            if micro and micro * workers < rows and self.training.precision == "bf16" and not self.training.zero_stage:
+                raise ValueError(
+                    f"stages.{name}.micro_batch_size {micro}: without ZeRO, the gradients of several forwards would be "
+                    "summed in bf16: use training.zero_stage 1, or leave micro_batch_size out"
+                )
             unit = workers * (micro or 1)
             if rows % unit:
                 near = [str(size) for size in (rows // unit * unit, rows // unit * unit + unit) if size]
-                raise ValueError(
+                message = (
                     f"stages.{name}.global_batch_size {rows} can't be shared by {workers} workers"
                     f"{f' in micro-batches of {micro}' if micro else ''}: nearest {' or '.join(near)}"
                 )
+                if micro and rows % workers == 0:
+                    share = rows // workers
+                    sizes = [size for size in range(1, share + 1) if share % size == 0]
+                    below, above = [s for s in sizes if s < micro], [s for s in sizes if s > micro]
+                    possible = [str(size) for size in (*below[-1:], *above[:1])]
+                    message += f"; or micro_batch_size {' or '.join(possible)}"
+                raise ValueError(message)
         return self

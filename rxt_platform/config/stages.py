@@ -20,16 +20,27 @@ class StartFrom(Spec):
 
 
 class OptimizerConfig(Spec):
-    """AdamW with linear warm-up and cosine decay to zero over the stage."""
+    """AdamW with a learning rate that warms up linearly and decays over the stage."""
 
     learning_rate: float = Field(gt=0)
     learning_rate_scale: dict[Component, Annotated[float, Field(ge=0)]] = Field(
         default_factory=dict, description="factor on the learning rate of single components; 1 if not given"
     )
+    schedule: Literal["cosine", "wsd", "constant"] = Field(
+        "cosine", description="after the warm-up: half a cosine; stable, then a linear decay (WSD); or no decay"
+    )
     warmup: Share = Field(0.05, description="share of the steps")
+    decay: Share = Field(0.2, description="share of the steps that WSD's decay takes")
+    final: Share = Field(0.0, description="what the rate decays to, as a share of learning_rate")
     weight_decay: float = Field(0.01, ge=0)
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     gradient_clip: float = Field(1.0, gt=0, description="largest global gradient norm")
+
+    @model_validator(mode="after")
+    def _warmup_ends_before_the_decay(self) -> Self:
+        if self.schedule == "wsd" and self.warmup + self.decay > 1:
+            raise ValueError(f"warmup {self.warmup:g} and decay {self.decay:g} are more than all steps")
+        return self
 
 
 class StageBase(Spec):

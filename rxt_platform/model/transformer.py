@@ -8,9 +8,13 @@ The decoder's stages during supervised training read encoder states as their mem
 also takes a mask over memory positions. Every mask [B, T] is True at real tokens; None says that there is no padding.
 """
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from rxt_platform.config.model import ModelConfig
 from rxt_platform.errors import ModelError
@@ -112,10 +116,18 @@ class ReactiveTransformer(nn.Module):
         """Next-token logits [B, T, V]."""
         return self.head(self.decode_states(ids, mask, memory, memory_mask).states)
 
+    def _layers(self) -> list[nn.Module]:
+        return [*self.decoder.layers, *self.encoder.layers, *self.memory_attention.layers]
+
     def compile_layers(self) -> None:
         """Let torch.compile make each layer's forward faster, for any batch and sequence length; names stay."""
-        for layer in [*self.decoder.layers, *self.encoder.layers, *self.memory_attention.layers]:
+        for layer in self._layers():
             layer.compile(dynamic=True)
+
+    def checkpoint_layers(self) -> None:
+        """Keep each layer's input only, and compute the rest again in the backward pass: less memory, more time."""
+        for layer in self._layers():
+            layer.forward = _recomputed(layer.forward)
 
     def mixtures(self) -> list[MixtureOfExperts]:
         """The decoder's mixtures of experts, in the order of `Decoded.usage`."""
@@ -126,3 +138,13 @@ class ReactiveTransformer(nn.Module):
         for mixture, counts in zip(self.mixtures(), usage, strict=True):
             if mixture.config.balancing == "bias":
                 mixture.rebalance(counts)
+
+
+def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """`forward` whose activations are not kept where a gradient will be asked for."""
+
+    @functools.wraps(forward)
+    def wrapped(*inputs: Any, **options: Any) -> Any:
+        return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=False, **options)
+
+    return wrapped

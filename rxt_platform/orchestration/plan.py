@@ -17,7 +17,7 @@ from rxt_platform.config.run import RunConfig
 from rxt_platform.config.stages import StageConfig
 from rxt_platform.data.sources import source_identity
 from rxt_platform.errors import ArtifactError, ConfigError
-from rxt_platform.storage.directory import Manifest, content_hash, read_manifest, verify_directory
+from rxt_platform.storage.directory import Manifest, content_hash, differences, read_manifest, verify_directory
 
 StepKind = Literal["corpus", "tokenizer", "tokens", "training", "evaluation"]
 
@@ -135,7 +135,7 @@ def explain(step: Step) -> str:
         manifest = read_manifest(others[-1])
     except ArtifactError as error:
         return f"the last result is unusable: {error}"
-    changes = _differences(manifest.config.get("spec", {}), step.spec)
+    changes = differences(manifest.config.get("spec", {}), step.spec)
     changes += [f"input {name} changed" for name, value in step.inputs.items() if manifest.parents.get(name) != value]
     return "; ".join(changes) or "the code of the rooms it uses changed"
 
@@ -195,19 +195,10 @@ def _starting_model(config: RunConfig) -> tuple[Path, Manifest] | None:
     if sha256 not in (None, manifest.content_sha256):
         raise ArtifactError(f"{key}: {path} has content sha256 {manifest.content_sha256}, the config asks for {sha256}")
     made_of = manifest.config.get("spec", {}).get("model", {})
-    changes = _differences(made_of, config.model.model_dump(mode="json"))
+    changes = differences(made_of, config.model.model_dump(mode="json"))
     if changes:
         raise ConfigError(f"{key}: {path} is another model: {'; '.join(changes)}")
     return path, manifest
-
-
-def _differences(old: Any, new: Any, path: str = "") -> list[str]:
-    """Field-level differences of two JSON values, as `path: old → new`."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = [*new, *(key for key in old if key not in new)]
-        pairs = [(f"{path}.{key}" if path else str(key), old.get(key), new.get(key)) for key in keys]
-        return [change for at, a, b in pairs for change in _differences(a, b, at)]
-    return [] if old == new else [f"{path}: {old} → {new}"]
 
 
 @cache

@@ -4,12 +4,16 @@ import logging
 import os
 import uuid
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
+from rxt_platform import errors
 from rxt_platform.config.run import ResourcesConfig
 from rxt_platform.errors import ConfigError, RxtError, TrainingError
-from rxt_platform.training.engine import Metrics
-from rxt_platform.training.job import StageJob, run_stage
+from rxt_platform.orchestration.stopping import Stopper
+from rxt_platform.training.job import STOP, WORKERS, StageJob, run_stage
+from rxt_platform.training.measures import Metrics
+from rxt_platform.training.watch import read_failures, root_cause
 
 logger = logging.getLogger(__name__)
 
@@ -73,17 +77,38 @@ def disconnect() -> None:
     ray.shutdown()
 
 
-def train(job: StageJob, resources: ResourcesConfig) -> Metrics:
+def train(job: StageJob, resources: ResourcesConfig, stopper: Stopper | None = None) -> Metrics:
     """Run a stage as a Ray Train job; lost workers are replaced and resume from the newest checkpoint.
 
-    Raises TrainingError with the cause when the job fails for good.
+    Raises TrainingError with the cause when the job fails for good, StoppedError when a signal asked it to stop.
     """
+    job = job.model_copy(update={"invocation": uuid.uuid4().hex[:8]})
+    stop = job.work / STOP
+    stop.unlink(missing_ok=True)
+    job.work.mkdir(parents=True, exist_ok=True)
+    # Ray asks every worker how it is; one that says nothing for so long (stopped, swapped out) is taken for lost.
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(job.training.hang_seconds)
+    # Not in this thread: Ray would handle Ctrl-C itself, without a checkpoint.
+    with ThreadPoolExecutor(1, thread_name_prefix="fit") as fit, (stopper or Stopper()).gently(stop.touch):
+        running = fit.submit(_fit, job, resources)
+        while not running.done():
+            wait([running], timeout=0.2)  # signals are handled between two waits
+        outcome = running.result()
+    if "error" in outcome:
+        kind: type[RxtError] = getattr(errors, outcome["kind"])
+        raise kind(f"{job.output.name}: {outcome['error']}")
+    return dict(outcome["metrics"])
+
+
+def _fit(job: StageJob, resources: ResourcesConfig) -> dict[str, Any]:
+    """What the workers returned: metrics, or an error and its kind."""
     import ray.train
-    from ray.train.torch import TorchTrainer
+    from ray.train.torch import TorchConfig, TorchTrainer
 
     trainer = TorchTrainer(
         _train_worker,
         train_loop_config={"job": job.model_dump_json()},
+        torch_config=TorchConfig(timeout_s=int(job.training.hang_seconds)),
         scaling_config=ray.train.ScalingConfig(
             num_workers=resources.workers,
             use_gpu=resources.use_gpu,
@@ -105,13 +130,12 @@ def train(job: StageJob, resources: ResourcesConfig) -> Metrics:
     try:
         result = trainer.fit()
     except ray.train.TrainingFailedError as error:
-        raise TrainingError(f"{job.output.name}: {_root_cause(error)}") from error
-    outcome = result.return_value
-    if outcome is None:
+        cause = root_cause(read_failures(job.work / WORKERS, job.invocation))
+        raise TrainingError(f"{job.output.name}: {cause or _last_line(error)}") from error
+    if result.return_value is None:
         raise TrainingError(f"{job.output.name}: the training job ended without a result")
-    if "error" in outcome:
-        raise TrainingError(f"{job.output.name}: {outcome['error']}")
-    return dict(outcome["metrics"])
+    outcome: dict[str, Any] = result.return_value
+    return outcome
 
 
 def call(function: Callable[..., Result], *arguments: Any, cpus: int) -> Result:
@@ -157,20 +181,36 @@ def _worker_environment(job: StageJob) -> dict[str, str]:
 
 
 def _train_worker(config: dict[str, Any]) -> dict[str, Any]:
-    """What each Ray Train worker does: the stage's job, reporting logged steps."""
+    """What each Ray Train worker does: the stage's job.
+
+    Its metrics go to the run's storage, from where the driver takes them: `ray.train.report` waits for the controller,
+    which looks only every half second (0.46 s a report where reports follow each other, benchmarks/LOG.md).
+    """
     import ray.train
 
-    def report(step: int, metrics: Metrics) -> None:
-        ray.train.report({"step": step, **metrics})
+    preempted = saved = False
+
+    def look_ahead(step: int, metrics: Metrics) -> None:
+        nonlocal preempted
+        preempted = ray.train.get_preemption_info() is not None  # all workers must ask equally often
+
+    def save_now() -> bool:
+        """Once, when a node is about to be taken away; Ray then starts the workers anew on others."""
+        nonlocal saved
+        first, saved = preempted and not saved, saved or preempted
+        return first
 
     try:
-        return {"metrics": run_stage(StageJob.model_validate_json(config["job"]), report)}
-    except RxtError as error:  # raised on every rank alike, and a retry would meet it again
+        job = StageJob.model_validate_json(config["job"])
+        return {"metrics": run_stage(job, look_ahead, checkpoint_requested=save_now)}
+    except RxtError as error:
+        if not error.on_all_ranks and ray.train.get_context().get_world_size() > 1:
+            raise  # the other workers wait for this one: Ray must end them
         logger.exception("the stage stopped")
-        return {"error": str(error)}
+        return {"error": str(error), "kind": type(error).__name__}
 
 
-def _root_cause(error: BaseException) -> str:
+def _last_line(error: BaseException) -> str:
     """The innermost message of a failed job, in one line."""
     failures = getattr(error, "worker_failures", None)
     inner: BaseException = next(iter(failures.values())) if failures else error

@@ -14,7 +14,7 @@ from typing import Any
 from rxt_platform.config.run import RunConfig
 from rxt_platform.data.corpus import VALIDATION
 from rxt_platform.data.shards import read_summary
-from rxt_platform.errors import ArtifactError
+from rxt_platform.errors import ArtifactError, StoppedError
 from rxt_platform.evaluation.recall import mean_recall
 from rxt_platform.evaluation.report import REPORT_FILES, Report, render_table, write_report
 from rxt_platform.model.parameters import measure_size
@@ -24,8 +24,10 @@ from rxt_platform.orchestration.plan import PREPARED, Step, build_plan, in_tempo
 from rxt_platform.orchestration.prepare import FERTILITY, prepare
 from rxt_platform.orchestration.progress import Console, HistoryFollower
 from rxt_platform.orchestration.steps import only_holder, remove_leftovers, stage_job
+from rxt_platform.orchestration.stopping import Stopper
 from rxt_platform.orchestration.tracking import Tracker
 from rxt_platform.storage.directory import Manifest, verify_directory
+from rxt_platform.training.job import HISTORY
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +52,7 @@ class _Run:
     folder: Path
     console: Console
     tracker: Tracker
+    stopper: Stopper = field(default_factory=Stopper)
     outcomes: list[Outcome] = field(default_factory=list)
     connected: bool | None = None  # None until Ray is needed; True when this run must disconnect
 
@@ -62,6 +65,7 @@ class _Run:
         """Join or start Ray, once."""
         if self.connected is None:
             self.connected = ray_jobs.connect(self.config.resources)
+            self.stopper.listen_again()
 
 
 def run_pipeline(config: RunConfig, console: Console | None = None) -> Report:
@@ -80,8 +84,8 @@ def run_pipeline(config: RunConfig, console: Console | None = None) -> Report:
         raise ArtifactError(
             f"{folder}: cannot be made: {error}: set 'storage' to a folder that can be written"
         ) from None
-    with only_holder(storage / "work" / f"run.{config.name}.lock"):
-        run = _Run(config, folder, console or Console(), Tracker(config.tracking, storage))
+    run = _Run(config, folder, console or Console(), Tracker(config.tracking, storage))
+    with only_holder(storage / "work" / f"run.{config.name}.lock"), run.stopper.listening():
         if in_temporary_copy():
             run.console.line(f"storage  {storage} (the job's working directory is a temporary copy)")
         for step in plan:
@@ -97,7 +101,8 @@ def run_pipeline(config: RunConfig, console: Console | None = None) -> Report:
                 _run_step(run, step, plan)
             report = _report(run, plan, time.monotonic() - started)
         except BaseException as error:
-            run.tracker.finish("FAILED" if isinstance(error, Exception) else "KILLED", [], {}, run.open_runs)
+            stopped = isinstance(error, StoppedError) or not isinstance(error, Exception)
+            run.tracker.finish("KILLED" if stopped else "FAILED", [], {}, run.open_runs)
             raise
         finally:
             if run.connected:
@@ -145,8 +150,8 @@ def _train(run: _Run, step: Step, plan: list[Step], child: str | None) -> str:
         run.tracker.history(child, rows)
         run.console.progress(step.name, rows[-1])
 
-    with HistoryFollower(step.work / "metrics.jsonl", on_rows):
-        metrics = ray_jobs.train(stage_job(run.config, plan, step), run.config.resources)
+    with HistoryFollower(step.work / HISTORY, on_rows):
+        metrics = ray_jobs.train(stage_job(run.config, plan, step), run.config.resources, run.stopper)
     return "resumed" if metrics["resumed_from_step"] else "made"
 
 

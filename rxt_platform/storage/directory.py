@@ -75,9 +75,36 @@ def commit_directory(target: Path, kind: str, provenance: Provenance = NO_PROVEN
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def seal_directory(source: Path, target: Path, kind: str, provenance: Provenance = NO_PROVENANCE) -> Manifest:
-    """Hash and flush the files of `source`, write its manifest and rename it to `target`, replacing what is there."""
-    files = {name: _flush_and_hash(source / name) for name in _file_names(source)}
+@contextmanager
+def commit_copy(target: Path, kind: str) -> Iterator[Path]:
+    """Fill the yielded temporary directory with a copy of a committed one; it becomes `target` if it verifies."""
+    temporary = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.tmp"
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        verify_directory(temporary, kind)
+        _make_visible(temporary, target)
+    except OSError as error:
+        raise ArtifactError(f"{target}: cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def seal_directory(
+    source: Path,
+    target: Path,
+    kind: str,
+    provenance: Provenance = NO_PROVENANCE,
+    hashed: Mapping[str, FileEntry] | None = None,
+) -> Manifest:
+    """Hash and flush the files of `source`, write its manifest and rename it to `target`, replacing what is there.
+
+    `hashed` are files that whoever wrote them has flushed and hashed already. Raises ArtifactError if one is not there.
+    """
+    known = hashed or {}
+    files = {name: known.get(name) or flush_and_hash(source / name) for name in _file_names(source)}
+    if missing := sorted(set(known) - set(files)):
+        raise ArtifactError(f"{target}: not committed: {', '.join(missing)} were written but are not in {source}")
     manifest = Manifest(
         kind=kind,
         schema_version=SCHEMA_VERSION,
@@ -92,6 +119,12 @@ def seal_directory(source: Path, target: Path, kind: str, provenance: Provenance
     path = source / MANIFEST
     path.write_text(manifest.model_dump_json(indent=2))
     _fsync(path)
+    _make_visible(source, target)
+    return manifest
+
+
+def _make_visible(source: Path, target: Path) -> None:
+    """One rename, after what it shows is on the disk."""
     _fsync(source)
     stale = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.stale"
     if target.exists():
@@ -99,7 +132,6 @@ def seal_directory(source: Path, target: Path, kind: str, provenance: Provenance
     source.rename(target)
     _fsync(target.parent)
     shutil.rmtree(stale, ignore_errors=True)
-    return manifest
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -161,6 +193,15 @@ def content_hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
+def differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """Field-level differences of two JSON values, as `path: old → new`."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [*new, *(key for key in old if key not in new)]
+        pairs = [(f"{path}.{key}" if path else str(key), old.get(key), new.get(key)) for key in keys]
+        return [change for at, a, b in pairs for change in differences(a, b, at)]
+    return [] if old == new else [f"{path}: {old} → {new}"]
+
+
 def _file_names(directory: Path) -> list[str]:
     names = []
     for path in sorted(directory.rglob("*")):
@@ -171,7 +212,8 @@ def _file_names(directory: Path) -> list[str]:
     return names
 
 
-def _flush_and_hash(path: Path) -> FileEntry:
+def flush_and_hash(path: Path) -> FileEntry:
+    """Wait until a file is on the disk; its size and hash."""
     _fsync(path)
     return FileEntry(size=path.stat().st_size, sha256=file_hash(path))
 

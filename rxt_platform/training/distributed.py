@@ -4,7 +4,8 @@ import ctypes
 import os
 import socket
 from collections.abc import Callable
-from typing import Any, TypeVar
+from datetime import timedelta
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -29,8 +30,11 @@ def use_cpus(count: int) -> None:
         mallopt(_M_TRIM_THRESHOLD, _KEPT)
 
 
-def start_process_group(use_gpu: bool) -> torch.device:
-    """Initialise DeepSpeed's communication (NCCL or gloo) on the group that is there; returns this rank's device."""
+def start_process_group(use_gpu: bool, timeout: float) -> torch.device:
+    """Initialise DeepSpeed's communication (NCCL or gloo) on the group that is there; returns this rank's device.
+
+    Collectives fail after `timeout` seconds.
+    """
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if use_gpu else "cpu")
     for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
         os.environ.setdefault(name, value)
@@ -43,10 +47,10 @@ def start_process_group(use_gpu: bool) -> torch.device:
     if not use_gpu:
         # The shared-memory op is compiled on first use (40 s) and not needed: gloo does the collectives.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+        deepspeed.init_distributed(dist_backend="gloo", verbose=False, timeout=timedelta(seconds=timeout))
         return torch.device("cpu")
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    deepspeed.init_distributed(dist_backend="nccl", verbose=False)
+    deepspeed.init_distributed(dist_backend="nccl", verbose=False, timeout=timedelta(seconds=timeout))
     return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
 
 
@@ -66,6 +70,12 @@ def on_rank_zero(function: Callable[[], Result]) -> Result:
             box[1] = error
     dist.broadcast_object_list(box, src=0)
     if box[1] is not None:
-        raise box[1]
+        raise_together(box[1])
     result: Result = box[0]
     return result
+
+
+def raise_together(error: RxtError) -> NoReturn:
+    """Raise an error that every rank raises at this place, so that none is left waiting for another."""
+    error.on_all_ranks = True
+    raise error

@@ -7,8 +7,8 @@ compute what one does. All randomness comes from (seed, step, row). The engine k
 import logging
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +16,26 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from rxt_platform.config.run import TrainingConfig
 from rxt_platform.config.stages import StageConfig
+from rxt_platform.config.training import TrainingConfig
 from rxt_platform.data.batches import Batch
 from rxt_platform.data.prefetch import prefetched
 from rxt_platform.data.sampler import BatchSampler
-from rxt_platform.errors import TrainingError
+from rxt_platform.errors import ResumeError, StoppedError, TrainingError
+from rxt_platform.model.flops import ForwardFlops
 from rxt_platform.model.transformer import ReactiveTransformer
 from rxt_platform.stages.base import LossReport, Phase, Stage, phase_at
+from rxt_platform.storage.remote import RemoteFolder
 from rxt_platform.training import checkpoints
-from rxt_platform.training.optimizer import build_optimizer, schedule, set_learning_rates
+from rxt_platform.training.checkpoints import ResumeState, Skipped
+from rxt_platform.training.distributed import on_rank_zero, raise_together
+from rxt_platform.training.guards import SpikeError, SpikeGuard
+from rxt_platform.training.measures import Meter, Metrics, Profiler, Spans, StepClock, peak_flops
+from rxt_platform.training.strategy import Strategy
+from rxt_platform.training.watch import Watch
+from rxt_platform.training.writer import CheckpointWriter, WriterSettings
 
 logger = logging.getLogger(__name__)
-
-Metrics = dict[str, float]
 
 FORWARD_OVERHEAD = {"cpu": 128, "cuda": 4096}
 """Positions that could be computed in the time that a forward and its backward take to start. Measured with `tiny` on a
@@ -38,20 +44,27 @@ CPU; on a GPU a guess: `micro_batch_size` overrides what follows from it."""
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """How a stage is trained here."""
+    """How a stage is trained here. `work` is the folder that all ranks share; `spec` is what `identity` is made of."""
 
     training: TrainingConfig
-    checkpoint_directory: Path
+    work: Path
     identity: str
+    spec: dict[str, Any]
     device: torch.device
+    watch: Watch
 
 
 @dataclass(frozen=True)
 class Hooks:
-    """What the caller wants to hear of, called on every rank: metrics of logged steps, and the step resumed from."""
+    """What the caller wants to hear of, called on every rank, and whether it wants a checkpoint now, or to stop.
+
+    Metrics are told after logged steps, the wishes are asked for before every step; it is enough if one rank has one.
+    """
 
     on_metrics: Callable[[int, int, Metrics], None] = lambda step, steps, metrics: None
     on_start: Callable[[int, int], None] = lambda step, steps: None
+    stop_requested: Callable[[], bool] = lambda: False
+    checkpoint_requested: Callable[[], bool] = lambda: False
 
 
 @dataclass
@@ -63,6 +76,7 @@ class TrainResult:
     steps: int
     seconds: float
     resumed_from: int
+    skipped: list[Skipped]
     state: dict[str, Tensor] = field(default_factory=dict)  # full weights, on rank 0
 
 
@@ -80,202 +94,371 @@ class StageProgram(nn.Module):
         return report(self.model, batch, phase)
 
 
+@dataclass(frozen=True)
+class _Wishes:
+    """What a rank asks for; added up over the ranks in the reduction of every step."""
+
+    stop: bool = False
+    checkpoint: bool = False
+    write_failed: bool = False
+
+    def numbers(self) -> list[float]:
+        """To be summed."""
+        return [float(self.stop), float(self.checkpoint), float(self.write_failed)]
+
+    @classmethod
+    def of(cls, numbers: Sequence[float]) -> "_Wishes":
+        """From the sums."""
+        return cls(*(number > 0 for number in numbers))
+
+
+@dataclass
+class _Outcome:
+    """Of one step: its metrics over all ranks, or why its update was left out; and what some rank asks for."""
+
+    metrics: Metrics
+    flops: int
+    tokens: int
+    rows: list[int] = field(default_factory=list)  # that this rank trained on
+    norms: Metrics = field(default_factory=dict)  # of each component's gradient, where asked for
+    skipped: str | None = None
+    wishes: "_Wishes" = field(default_factory=lambda: _Wishes())
+
+
 class Engine:
     """One stage's training: `run()` takes it from its newest checkpoint, or its start, to its end."""
 
     def __init__(self, model: ReactiveTransformer, stage: Stage, settings: EngineSettings) -> None:
-        self.stage, self.settings = stage, settings
+        training = settings.training
+        self.stage, self.model, self.settings, self.training = stage, model, settings, training
         self.phases = stage.phases()
         self.steps = stage.sampler.total_steps
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         rows = stage.config.global_batch_size
         if rows % self.world:
             raise TrainingError(f"global_batch_size {rows} can't be shared by {self.world} workers")
-        self.rows = rows // self.world
-        self.micro = forward_rows(stage.config, stage.sampler, self.world, settings.training, settings.device.type)
-        self.accumulation = self.rows // self.micro
-        self.optimizer = build_optimizer(model, stage.config.optimizer, self.phases)
-        # What no phase trains comes out as it went in, also where DeepSpeed holds it in bf16.
-        self.untrained = {
-            name: parameter.detach().clone().cpu()
-            for name, parameter in model.named_parameters()
-            if not parameter.requires_grad
-        }
-        if settings.training.compile:
+        self.micro = forward_rows(stage.config, stage.sampler, self.world, training, settings.device.type)
+        self.flops = ForwardFlops.of(model)
+        if training.activation_checkpointing:
+            model.checkpoint_layers()
+        if training.compile:
             model.compile_layers()
-        self.engine = self._deepspeed(StageProgram(stage, model))
-
-    def _deepspeed(self, program: StageProgram) -> Any:
-        import deepspeed
-
-        training = self.settings.training
-        config = {
-            "train_micro_batch_size_per_gpu": self.micro,
-            "gradient_accumulation_steps": self.accumulation,
-            "gradient_clipping": self.stage.config.optimizer.gradient_clip,
-            "zero_optimization": {"stage": training.zero_stage},
-            "bf16": {"enabled": training.precision == "bf16"},
-            "steps_per_print": 10**9,
-        }
-        engine, *_ = deepspeed.initialize(model=program, optimizer=self.optimizer, config=config)
-        return engine
+        program = StageProgram(stage, model)
+        forwards = rows // self.world // self.micro
+        self.strategy = Strategy(program, model, training, stage.config.optimizer, self.phases, forwards)
+        self.program = self.strategy.engine
+        self.directory = settings.work / "checkpoints"
+        watch = settings.watch
+        written = WriterSettings(self.directory, training.checkpoints, watch, training.hang_seconds)
+        self.writer = CheckpointWriter(self.strategy.sharded, model, written)
+        self.clock = StepClock(settings.device, watch)
+        self.spans = Spans(settings.work / "spans" / f"rank-{self.rank:05d}.jsonl", self.rank, watch.attempt)
+        trace = settings.work / "profile" / f"rank-{self.rank:05d}.json"
+        self.profiler = Profiler(training.profile, trace, settings.device)
+        self.meter = Meter(peak_flops(settings.device, training.precision, training.peak_tflops), settings.device)
 
     def run(self, validation: list[Batch], hooks: Hooks) -> TrainResult:
-        """Train to the end. Raises TrainingError when a loss is not finite."""
-        training, directory = self.settings.training, self.settings.checkpoint_directory
-        state = checkpoints.load(self.engine, directory, self.settings.identity, training.zero_stage)
-        first = state.step if state else 0
-        before = dict(state.before) if state else self.evaluate(validation)
-        hooks.on_start(first, self.steps)
-        spent = state.seconds if state else 0.0
-        started = time.monotonic()
-        window = _Window()
-        with prefetched(self.stage.sampler.global_batch, first, self.steps) as next_batch:
-            for step in range(first, self.steps):
-                asked = time.monotonic()
-                batch = next_batch()
-                waited = time.monotonic() - asked
-                window.add({**self._step(step, batch), "data_wait_seconds": waited})
-                done = step + 1
+        """Train to the end.
+
+        Raises TrainingError for a loss or gradient that is not finite, StoppedError after a stop was asked for and a
+        checkpoint written, ArtifactError when a checkpoint can't be written; all ranks raise alike.
+        """
+        try:
+            state = self._resume() or self._first_state(validation)
+            first = state.step
+            hooks.on_start(first, self.steps)
+            if self.training.spike_guard is not None and first == 0:
+                self.writer.save(state)
+            while state.step < self.steps:
+                try:
+                    state = self._train(state, validation, hooks)
+                except SpikeError as spike:
+                    state = self._roll_back(spike)
+                    hooks.on_start(state.step, self.steps)
+            self._settle_writer()
+            with self.clock.part("evaluation"):
+                after = self.evaluate(validation)
+                weights = self.strategy.full_state()
+            return TrainResult(dict(state.before), after, self.steps, state.seconds, first, state.skipped, weights)
+        finally:
+            self.profiler.close()
+            self.spans.flush()
+            self.writer.close()
+
+    def _first_state(self, validation: list[Batch]) -> ResumeState:
+        with self.clock.part("evaluation"):
+            before = self.evaluate(validation)
+        settings = self.settings
+        zero = self.training.zero_stage
+        return ResumeState(0, 0.0, settings.identity, settings.spec, self.world, zero, before, {}, {})
+
+    def _resume(self) -> ResumeState | None:
+        """Go on from the newest complete checkpoint, here or in the remote storage; None when none was ever written."""
+        path = on_rank_zero(self._find)
+        return None if path is None else self._load(path)
+
+    def _find(self) -> Path | None:
+        for leftover in self.directory.glob(".step-*.tmp"):  # of attempts that were killed
+            checkpoints.remove([leftover])
+        local = checkpoints.newest_complete(self.directory)
+        upload = self.training.checkpoints.upload
+        if upload is None:
+            return local
+        remote = RemoteFolder(upload)
+        names = remote.complete()
+        if not names or (local is not None and local.name >= names[-1]):
+            return local
+        logger.info("fetching %s from %s", names[-1], upload)
+        remote.download(names[-1], self.directory / names[-1], checkpoints.KIND)
+        return self.directory / names[-1]
+
+    def _load(self, path: Path) -> ResumeState:
+        settings = self.settings
+        return checkpoints.load(path, self.strategy.sharded, self.model, settings.identity, settings.spec)
+
+    def _roll_back(self, spike: SpikeError) -> ResumeState:
+        """The last checkpoint from before the batches that are left out now; newer ones are removed."""
+        guard = self.training.spike_guard
+        assert guard is not None
+        left_out = range(max(0, spike.step - guard.skip + 1), spike.step + 1)
+        self._settle_writer()
+
+        def choose() -> Path:
+            path = checkpoints.newest_complete(self.directory, below=left_out.start + 1)
+            if path is None:
+                raise ResumeError(
+                    f"{spike}; there is no checkpoint from before step {left_out.start + 1} to go back to"
+                )
+            checkpoints.remove(one for one in checkpoints.checkpoints_in(self.directory) if one.name > path.name)
+            return path
+
+        state = self._load(on_rank_zero(choose))
+        reasons = {one.reason for one in state.skipped if one.reason.startswith("spike")}
+        if len(reasons) >= guard.rollbacks:
+            raise_together(TrainingError(f"{spike}; {guard.rollbacks} rollbacks did not help: lower the learning rate"))
+        reason = f"spike in {spike}"
+        rows = [Skipped(step, reason, self._places(self.stage.sampler.global_batch(step))) for step in left_out]
+        known = {one.step for one in state.skipped}
+        logger.warning("%s; back to step %d, on without steps %s", spike, state.step, [step + 1 for step in left_out])
+        return replace(state, skipped=[*state.skipped, *(one for one in rows if one.step not in known)])
+
+    def _train(self, state: ResumeState, validation: list[Batch], hooks: Hooks) -> ResumeState:
+        """Steps from a state to the end of the stage. Raises SpikeError with the engine's weights as they were."""
+        training, began = self.training, time.monotonic()
+        guard = SpikeGuard(training.spike_guard, state.recent)
+        skipped, metrics = list(state.skipped), dict(state.metrics)
+        left_out = {one.step for one in skipped if one.step >= state.step}
+
+        def now(done: int) -> ResumeState:
+            updates = self.strategy.sharded.updates()
+            return replace(
+                state,
+                step=done,
+                seconds=state.seconds + time.monotonic() - began,
+                world_size=self.world,
+                zero_stage=training.zero_stage,
+                metrics=metrics,
+                updates=updates,
+                skipped=skipped,
+                recent=guard.recent,
+            )
+
+        self.meter.take()
+        self.clock.take()
+        with prefetched(self.stage.sampler.global_batch, state.step, self.steps) as next_batch:
+            for step in range(state.step, self.steps):
+                started, done = time.time(), step + 1
+                self.settings.watch.step = done
+                self.profiler.before_step()
+                with self.clock.part("data"):
+                    batch = next_batch()
+                wishes = _Wishes(hooks.stop_requested(), hooks.checkpoint_requested(), self.writer.failed)
+                if step in left_out:
+                    outcome = self._leave_out(wishes)
+                else:
+                    outcome = self._step(step, batch, guard, wishes, norms=done % training.log_every == 0)
+                wishes = outcome.wishes
+                if outcome.skipped is not None:
+                    self.meter.add_skipped()
+                    if step not in left_out:
+                        skipped.append(Skipped(step, outcome.skipped, self._places(batch)))
+                        self._check_budget(skipped)
+                else:
+                    guard.add(outcome.metrics["objective"])
+                    self.meter.add(outcome.metrics, outcome.tokens, outcome.flops)
+                if wishes.write_failed:
+                    self._settle_writer()
+                if training.evaluate_every is not None and done % training.evaluate_every == 0 and done < self.steps:
+                    with self.clock.part("evaluation"):
+                        held_out = self.evaluate(validation)
+                    metrics = {**metrics, **{f"validation_{name}": value for name, value in held_out.items()}}
+                due = done % training.checkpoints.every == 0 or wishes.checkpoint
+                if due and done < self.steps and not wishes.stop:
+                    with self.clock.part("checkpoint"):
+                        self.writer.save(now(done))
+                parts = self.clock.take()
+                self.meter.add_time(parts)
+                self.spans.add(done, started, parts, outcome.tokens, outcome.rows if training.log_rows else None)
+                self.profiler.after_step()
                 if done % training.log_every == 0 or done == self.steps:
-                    hooks.on_metrics(done, self.steps, window.summary())
-                    window = _Window()
-                if done % training.checkpoint_every == 0 and done < self.steps:
-                    seconds = spent + time.monotonic() - started
-                    self._save(done, seconds, before)
-        seconds = spent + time.monotonic() - started
-        after = self.evaluate(validation)
-        return TrainResult(before, after, self.steps, seconds, first, self.full_state())
+                    self.spans.flush()
+                    self.settings.watch.check_current()
+                    logged = self.meter.take()
+                    evaluated = {name: value for name, value in metrics.items() if name.startswith("validation_")}
+                    metrics = {**logged, **outcome.norms, **evaluated}
+                    hooks.on_metrics(done, self.steps, {**metrics, "skipped_batches": float(len(skipped))})
+                if wishes.stop and done < self.steps:
+                    self._stop(now(done))
+        return now(self.steps)
 
-    def _save(self, done: int, seconds: float, before: Metrics) -> None:
-        training = self.settings.training
-        state = checkpoints.ResumeState(done, seconds, self.settings.identity, self.world, training.zero_stage, before)
-        checkpoints.save(self.engine, self.settings.checkpoint_directory, state, training.keep_checkpoints)
+    def _stop(self, state: ResumeState) -> None:
+        """Checkpoint, wait until it and its copies are safe, and end."""
+        self.writer.save(state)
+        self._settle_writer()
+        self.writer.close(finish_uploads=True)
+        raise_together(
+            StoppedError(
+                f"stopped as asked after step {state.step} of {self.steps}; the same command goes on from there"
+            )
+        )
 
-    def _step(self, step: int, batch: Batch) -> Metrics:
+    def _step(self, step: int, batch: Batch, guard: SpikeGuard, wishes: _Wishes, norms: bool) -> _Outcome:
         """One optimizer step on the global batch; the metrics are those of the whole batch."""
         phase = phase_at(self.phases, step)
-        rate = schedule(self.stage.config.optimizer, step, self.steps)
-        set_learning_rates(self.optimizer, self.stage.config.optimizer, rate, phase)
-        norm = math.nan
-        metrics: Metrics = {}
+        rate = self.strategy.set_rates(step, self.steps, phase)
         sums: LossReport | None = None
-        for part in batch.shares(self.rank, self.world, self.micro):
-            report = self.engine(part.to(self.settings.device), phase)
-            # DeepSpeed averages over micro-batches and ranks; parts of our loss add up.
-            self.engine.backward(report.loss * (self.world * self.accumulation))
+        losses: list[tuple[Batch, Tensor]] = []
+        flops = 0
+        parts = list(batch.shares(self.rank, self.world, self.micro))
+        for number, part in enumerate(parts, start=1):
+            flops += self.stage.flops(self.flops, part, phase)
+            with self.clock.part("forward"):
+                report = self.program(part.to(self.settings.device), phase)
+            with self.clock.part("backward"):
+                self.strategy.backward(report.loss, last=number == len(parts))
+            losses.append((part, report.loss.detach()))
             sums = report.detached() if sums is None else sums.plus(report)
-            if self.engine.is_gradient_accumulation_boundary():
-                metrics = self._over_ranks(sums)
-                if not math.isfinite(metrics["objective"]):
-                    rows = ", ".join(self.stage.sampler.place(row) for row in batch.rows.tolist())
-                    raise TrainingError(
-                        f"step {step + 1}: the loss is {metrics['objective']}; nothing was updated; lower the learning "
-                        f"rate or look at the batch's rows: {rows}"
-                    )
-            norm = self._update(step)
         assert sums is not None
-        if sums.usage is not None:
-            self.engine.module.model.rebalance(sums.usage)
-        return {
-            **metrics,
-            **expert_load(sums.usage),
-            "gradient_norm": norm,
-            "learning_rate": rate,
-            "tokens": batch.tokens,
-        }
+        with self.clock.part("optimizer"):
+            metrics, wishes = self._over_ranks(sums, wishes)
+            outcome = _Outcome(metrics, flops, batch.tokens, wishes=wishes)
+            outcome.rows = [row for part in parts for row in part.rows.tolist()]
+            if not math.isfinite(metrics["objective"]):
+                self.strategy.discard()
+                outcome.skipped = f"the loss is {metrics['objective']}: {self._blame(losses)}"
+                return outcome
+            try:
+                guard.check(step, metrics["objective"])
+            except SpikeError:
+                self.strategy.discard()
+                raise
+            by_component = self.strategy.sharded.gradient_norms() if norms else {}
+            norm = self.strategy.update()
+            if not math.isfinite(norm):
+                outcome.skipped = f"the gradient's norm is {norm}, the loss {metrics['objective']:.4g}"
+                return outcome
+            if sums.usage is not None:
+                self.model.rebalance(sums.usage)
+        outcome.metrics = {**metrics, **expert_load(sums.usage), "gradient_norm": norm, "learning_rate": rate}
+        outcome.norms = {f"gradient_norm.{name}": value for name, value in by_component.items()}
+        return outcome
 
-    def _update(self, step: int) -> float:
-        """Let DeepSpeed step; at the end of an accumulation that updates the weights. Returns the gradient norm.
+    def _leave_out(self, wishes: _Wishes) -> _Outcome:
+        """A step whose batch is not trained on; the ranks still agree on what to do."""
+        _, wishes = self._over_ranks(LossReport(torch.zeros((), device=self.settings.device)), wishes)
+        return _Outcome({}, 0, 0, skipped="left out", wishes=wishes)
 
-        A norm that is not finite raises TrainingError; DeepSpeed's ZeRO stages have then skipped the update.
+    def _over_ranks(self, report: LossReport, wishes: _Wishes) -> tuple[Metrics, _Wishes]:
+        """The metrics summed over the ranks, and what any of them wishes.
+
+        One reduction a step; it also replaces `report.usage` [M, E] by its sum.
         """
-        norm: float | None = None
-        if self.settings.training.zero_stage == 0 and self.engine.is_gradient_accumulation_boundary():
-            grads = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-            norm = float(torch.nn.utils.get_total_norm(grads))
-            _check_norm(step, norm)
-        self.engine.step()
-        if norm is None and self.engine.get_global_grad_norm() is not None:
-            norm = float(self.engine.get_global_grad_norm())
-            _check_norm(step, norm)
-        return math.nan if norm is None else norm
-
-    def _over_ranks(self, report: LossReport) -> Metrics:
-        """The metrics summed over the ranks, and `report.usage` [M, E] replaced by its sum, in one reduction."""
         names = ["objective", *report.metrics]
-        values = torch.stack([report.loss.float(), *report.metrics.values()])
-        both = values if report.usage is None else torch.cat([values, report.usage.flatten()])
-        dist.all_reduce(both)
+        asked = wishes.numbers()
+        flags = torch.tensor(asked, device=report.loss.device)
+        parts = [torch.stack([report.loss.float(), *report.metrics.values()]), flags]
         if report.usage is not None:
-            report.usage = both[len(names) :].view_as(report.usage)
-        return dict(zip(names, both[: len(names)].tolist(), strict=True))
+            parts.append(report.usage.flatten())
+        all_of_it = torch.cat(parts)
+        dist.all_reduce(all_of_it)
+        if report.usage is not None:
+            report.usage = all_of_it[len(names) + len(asked) :].view_as(report.usage)
+        values = all_of_it[: len(names) + len(asked)].tolist()
+        return dict(zip(names, values, strict=False)), _Wishes.of(values[len(names) :])
+
+    def _blame(self, losses: Iterable[tuple[Batch, Tensor]]) -> str:
+        """Which rows' losses are not finite, and on which ranks. All ranks must call it."""
+        rows = [row for part, loss in losses if not math.isfinite(float(loss)) for row in part.rows.tolist()]
+        everyone: list[Any] = [None] * self.world
+        dist.all_gather_object(everyone, rows)
+        named = [
+            f"worker {rank}: rows {', '.join(self.stage.sampler.place(row) for row in rows)}"
+            for rank, rows in enumerate(everyone)
+            if rows
+        ]
+        return "; ".join(named) or "each worker's part alone is finite"
+
+    def _places(self, batch: Batch) -> list[str]:
+        return [self.stage.sampler.place(row) for row in batch.rows.tolist()]
+
+    def _check_budget(self, skipped: list[Skipped]) -> None:
+        """The update of the newest one was left out: is that allowed? All ranks raise alike."""
+        newest = skipped[-1]
+        told = f"step {newest.step + 1}: {newest.reason}; nothing was updated"
+        rows = f"the batch's rows: {', '.join(newest.rows)}"
+        allowed = self.training.skipped_batches
+        if sum(not one.reason.startswith("spike") for one in skipped) > allowed:
+            raise_together(
+                TrainingError(
+                    f"{told}; lower the learning rate, look at the rows, or allow more than {allowed} "
+                    f"training.skipped_batches; {rows}"
+                )
+            )
+        logger.warning("%s and training goes on; %s", told, rows)
+
+    def _settle_writer(self) -> None:
+        """Wait for the checkpoint under way; if any rank failed to write it, all raise the same error."""
+        problem = None
+        try:
+            self.writer.wait()
+        except Exception as error:  # every rank must learn of it before any raises
+            logger.exception("the checkpoint could not be written")
+            problem = error
+        everyone: list[Any] = [None] * self.world
+        dist.all_gather_object(everyone, problem and (type(problem).__name__, str(problem)))
+        told = [f"worker {rank}: {one[1]}" for rank, one in enumerate(everyone) if one is not None]
+        if told:
+            raise_together(TrainingError("; ".join(told)))
 
     @torch.no_grad()
     def evaluate(self, validation: list[Batch]) -> Metrics:
         """Metrics over all held-out rows, each weighted by what it is a mean of; every rank computes them all."""
-        self.engine.eval()
+        self.program.eval()
         sums: Metrics = {}
         weights: Metrics = {}
         usage: Tensor | None = None
         for batch in validation:
-            report = self.engine(batch.to(self.settings.device), self.phases[-1], held_out=True)
+            report = self.program(batch.to(self.settings.device), self.phases[-1], held_out=True)
             counts = {name: float(getattr(batch, self.stage.mean_over[name])) for name in report.metrics}
             _add(sums, {name: float(value) * counts[name] for name, value in report.metrics.items()})
             _add(weights, counts)
             if report.usage is not None:
                 usage = report.usage if usage is None else usage + report.usage
-        self.engine.train()
+        self.program.train()
         return {**{name: value / max(weights[name], 1.0) for name, value in sums.items()}, **expert_load(usage)}
-
-    def full_state(self) -> dict[str, Tensor]:
-        """All weights, gathered from the ranks' partitions: fp32 masters, and what was never trained as it was."""
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        training = self.settings.training
-        model: ReactiveTransformer = self.engine.module.model
-        if training.zero_stage < 3 and training.precision == "fp32":
-            return dict(model.state_dict())
-        import deepspeed
-
-        state = {name: buffer.detach().cpu().clone() for name, buffer in model.named_buffers()}
-        for name, parameter in model.named_parameters():
-            if name in self.untrained:
-                state[name] = self.untrained[name]
-                continue
-            with deepspeed.zero.GatheredParameters(parameter, enabled=training.zero_stage == 3):
-                full = safe_get_full_fp32_param(parameter)
-                state[name] = (parameter if full is None else full).detach().float().cpu().clone()
-        return state
 
 
 def forward_rows(config: StageConfig, sampler: BatchSampler, world: int, training: TrainingConfig, device: str) -> int:
     """Rows that a forward takes on each of `world` workers: what the user says, or what costs least.
 
-    In bf16 all of a worker's rows: DeepSpeed would sum the gradients of several forwards in bf16.
+    In bf16 without ZeRO all of a worker's rows: DeepSpeed would sum the gradients of several forwards in bf16.
     """
     rows = config.global_batch_size // world
     if config.micro_batch_size is not None:
         return config.micro_batch_size
-    return rows if training.precision == "bf16" else sampler.forward_rows(rows, world, FORWARD_OVERHEAD[device])
-
-
-class _Window:
-    """Means over the steps since the last logged one."""
-
-    def __init__(self) -> None:
-        self.started = time.monotonic()
-        self.steps = 0
-        self.sums: Metrics = {}
-
-    def add(self, metrics: Metrics) -> None:
-        _add(self.sums, metrics)
-        self.steps += 1
-
-    def summary(self) -> Metrics:
-        seconds = time.monotonic() - self.started
-        means = {name: value / self.steps for name, value in self.sums.items() if name != "tokens"}
-        return {**means, "tokens_per_second": self.sums["tokens"] / seconds, "step_seconds": seconds / self.steps}
+    if training.precision == "bf16" and training.zero_stage == 0:
+        return rows
+    return sampler.forward_rows(rows, world, FORWARD_OVERHEAD[device])
 
 
 def expert_load(usage: Tensor | None) -> Metrics:
@@ -287,11 +470,6 @@ def expert_load(usage: Tensor | None) -> Metrics:
         return {}
     load = usage / usage.mean(dim=1, keepdim=True).clamp(min=1e-9)
     return {"expert_load_max": float(load.max()), "expert_load_min": float(load.min())}
-
-
-def _check_norm(step: int, norm: float) -> None:
-    if not math.isfinite(norm):
-        raise TrainingError(f"step {step + 1}: the gradient norm is {norm}; the weights were not updated")
 
 
 def _add(totals: Metrics, values: Metrics) -> None:

@@ -9,6 +9,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +19,32 @@ from pydantic import Field
 
 from rxt_platform.config.base import Spec
 from rxt_platform.config.model import ModelConfig
-from rxt_platform.config.run import TrainingConfig
 from rxt_platform.config.stages import StageConfig
+from rxt_platform.config.training import TrainingConfig
 from rxt_platform.data.batches import Batch, collate, derive_seed
 from rxt_platform.data.examples import Example
 from rxt_platform.data.shards import TokenShards
 from rxt_platform.data.tokenizer import RxtTokenizer
+from rxt_platform.errors import TrainingError
 from rxt_platform.model.files import TOKENIZER, load_weights, save_model
 from rxt_platform.model.transformer import ReactiveTransformer
 from rxt_platform.stages.build import build_stage, mask_probability
 from rxt_platform.storage.directory import Provenance, commit_directory, verify_directory
-from rxt_platform.training.distributed import on_rank_zero, start_process_group, stop_process_group, use_cpus
-from rxt_platform.training.engine import Engine, EngineSettings, Hooks, Metrics, TrainResult
+from rxt_platform.training.distributed import (
+    on_rank_zero,
+    start_process_group,
+    stop_process_group,
+    use_cpus,
+)
+from rxt_platform.training.engine import Engine, EngineSettings, Hooks, TrainResult
+from rxt_platform.training.measures import Metrics
+from rxt_platform.training.watch import Watch, claim, read_failures, root_cause
 
 logger = logging.getLogger(__name__)
 
 MODEL_KIND = "model"
+STOP, WORKERS, HISTORY = "stop", "workers", "metrics.jsonl"
+"""In a job's work folder: a file that asks it to stop, its workers' whereabouts and failures, metrics of its steps."""
 _VALIDATION_ROWS = 256
 _VALIDATION_BATCH = 32
 
@@ -57,36 +68,74 @@ class StageJob(Spec):
     use_gpu: bool = False
     provenance: dict[str, Any]
     parents: dict[str, str]
+    invocation: str = Field("", description="of the command that started it: a restart by Ray belongs to the same one")
 
 
-def run_stage(job: StageJob, on_metrics: Callable[[int, Metrics], None] = lambda step, metrics: None) -> Metrics:
-    """Train a stage to its end on this process's rank; rank 0 commits the model. Returns the artifact's metrics."""
+def run_stage(
+    job: StageJob,
+    on_metrics: Callable[[int, Metrics], None] = lambda step, metrics: None,
+    stop_requested: Callable[[], bool] = lambda: False,
+    checkpoint_requested: Callable[[], bool] = lambda: False,
+) -> Metrics:
+    """Train a stage to its end on this process's rank; rank 0 commits the model. Returns the artifact's metrics.
+
+    Raises StoppedError when `stop_requested` says so, on whichever rank, or a file named `stop` is in the work folder.
+    """
     use_cpus(job.cpus)
-    device = start_process_group(job.use_gpu)
+    device = start_process_group(job.use_gpu, job.training.hang_seconds)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    watch: Watch | None = None
     try:
-        tokenizer = RxtTokenizer.load(job.tokenizer / TOKENIZER)
-        model = _starting_model(job).to(device)
-        seed = derive_seed(job.seed, job.name)
-        rows = TokenShards(job.tokens, job.stage.section, "train")
-        stage = build_stage(job.stage, rows, seed, job.model.max_length, job.weights)
-        held_out = TokenShards(job.tokens, job.stage.section, "validation")
-        settings = EngineSettings(job.training, job.work / "checkpoints", job.identity, device)
-        history = _History(job.work / "metrics.jsonl", on_metrics)
-        hooks = Hooks(on_metrics=history.add, on_start=history.start)
-        engine = Engine(model, stage, settings)
-        result = engine.run(validation_batches(held_out, mask_probability(job.stage)), hooks)
-        metrics = _summary(result)
+        attempt = on_rank_zero(lambda: _new_attempt(job))
+        watch = Watch(job.work / WORKERS, rank, world, attempt, job.invocation)
+        with watch.reporting():
 
-        def commit() -> None:
-            with commit_directory(job.output, MODEL_KIND, Provenance(job.provenance, job.parents, metrics)) as folder:
-                save_model(folder, job.model, result.state, tokenizer)
-                shutil.copyfile(history.path, folder / "history.jsonl")
+            def stopping() -> bool:
+                return stop_requested() or (rank == 0 and (job.work / STOP).exists())
 
-        on_rank_zero(commit)
-        dist.barrier()  # no rank leaves the group while another still uses it
-        return metrics
+            history = _History(job.work / HISTORY, on_metrics)
+            hooks = Hooks(history.add, history.start, stopping, checkpoint_requested)
+            return _train(job, device, watch, hooks)
     finally:
+        if watch is not None:
+            watch.close()
         stop_process_group()
+
+
+def _new_attempt(job: StageJob) -> str:
+    """Name this start of the job. Raises the error that ended the attempt before, where it would only happen again."""
+    cause = root_cause(read_failures(job.work / WORKERS, job.invocation)) if job.invocation else None
+    if cause is not None and cause.final:
+        raise TrainingError(str(cause))
+    return claim(job.work / WORKERS)
+
+
+def _train(job: StageJob, device: torch.device, watch: Watch, hooks: Hooks) -> Metrics:
+    tokenizer = RxtTokenizer.load(job.tokenizer / TOKENIZER)
+    model = _starting_model(job).to(device)
+    seed = derive_seed(job.seed, job.name)
+    rows = TokenShards(job.tokens, job.stage.section, "train")
+    stage = build_stage(job.stage, rows, seed, job.model.max_length, job.weights)
+    held_out = TokenShards(job.tokens, job.stage.section, "validation")
+    settings = EngineSettings(job.training, job.work, job.identity, job.provenance, device, watch)
+    engine = Engine(model, stage, settings)
+    result = engine.run(validation_batches(held_out, mask_probability(job.stage)), hooks)
+    metrics = _summary(result)
+
+    def commit() -> None:
+        with commit_directory(job.output, MODEL_KIND, Provenance(job.provenance, job.parents, metrics)) as folder:
+            save_model(folder, job.model, result.state, tokenizer)
+            shutil.copyfile(job.work / HISTORY, folder / "history.jsonl")
+            for records in ("spans", "profile"):
+                if (job.work / records).exists():
+                    shutil.copytree(job.work / records, folder / records)
+            if result.skipped:
+                (folder / "skipped.json").write_text(json.dumps([asdict(one) for one in result.skipped], indent=1))
+
+    watch.part = "commit"
+    on_rank_zero(commit)
+    dist.barrier()  # no rank leaves the group while another still uses it
+    return metrics
 
 
 def validation_batches(examples: Sequence[Example], mask_probability: float) -> list[Batch]:
@@ -116,6 +165,7 @@ def _summary(result: TrainResult) -> Metrics:
         "steps": result.steps,
         "seconds": result.seconds,
         "resumed_from_step": result.resumed_from,
+        "skipped_batches": len(result.skipped),
     }
 
 

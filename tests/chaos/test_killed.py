@@ -89,6 +89,25 @@ def test_killed_worker_is_replaced_and_the_result_is_the_same(finished_pipeline:
     assert [json.loads(line)["step"] for line in history] == list(range(1, 11))
 
 
+def test_stopped_driver_leaves_a_checkpoint(finished_pipeline: Path, tmp_path: Path) -> None:
+    """SIGTERM in stage 2: exit status 3 after a checkpoint of that very step; the same command goes on from it."""
+    driver = start_driver(tmp_path)
+    wait_for(lambda: logged_steps(tmp_path, "sft") >= 4, "step 4 of stage 2", 240)
+    driver.send_signal(signal.SIGTERM)
+    out, err = driver.communicate(timeout=120)
+    assert driver.returncode == 3, out[-2000:] + err[-2000:]
+    assert "stopped: sft-" in err
+    assert "the same command goes on from there" in err
+    (step,) = (step for step in build_plan(small_run(tmp_path)) if step.name == "sft")
+    newest = sorted((step.work / "checkpoints").glob("step-*"))[-1]
+    assert f"stopped as asked after step {int(newest.name[5:])} of 10" in err
+    done = run_driver(tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    report = read_report(tmp_path)
+    assert report["steps"][4]["status"] == "resumed"
+    assert weights_of(report) == weights_of(read_report(finished_pipeline))
+
+
 def is_alive(process: psutil.Process) -> bool:
     """Running, not a zombie that nobody has waited for."""
     try:

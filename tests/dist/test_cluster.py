@@ -5,7 +5,6 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -14,11 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import ROOT, environment, read_report
+from tests.support import BIN, ROOT, environment, read_report
 
 pytestmark = pytest.mark.dist
-
-BIN = Path(sys.executable).parent
 
 
 def free_port() -> int:

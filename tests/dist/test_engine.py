@@ -152,7 +152,7 @@ def test_gradual_unfreezing_moves_components_in_their_order(
 
     Two runs that share their first steps differ only later: what has moved by then is read from DeepSpeed's shard.
     """
-    jobs = new_jobs(f"training.checkpoint_every={last_step}", "training.keep_checkpoints=9")
+    jobs = new_jobs(f"training.checkpoints.every={last_step}", "training.checkpoints.keep=9")
     start = straight_run.jobs["memory_aware"].start
     jobs.jobs["memory_aware"] = jobs.jobs["memory_aware"].model_copy(update={"start": start})
     assert jobs.run("memory_aware").returncode == 0

@@ -64,7 +64,7 @@ def test_plan_names_the_field_that_changed_and_what_follows(finished_pipeline: P
 
 
 def test_workers_and_checkpoints_are_not_part_of_what_a_result_is(finished_pipeline: Path) -> None:
-    other = small_run(finished_pipeline, "resources.workers=1", "training.checkpoint_every=7", "training.zero_stage=2")
+    other = small_run(finished_pipeline, "resources.workers=1", "training.checkpoints.every=7", "training.zero_stage=2")
     assert {row["state"] for row in plan_rows(other)} == {"cached"}
 
 

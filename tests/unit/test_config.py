@@ -249,28 +249,69 @@ def test_a_learning_rate_scale_of_an_unknown_component_is_named(runs: Runs) -> N
     assert "memory_attention" in message, "the components there are"
 
 
-def test_bf16_without_zero_is_refused_with_the_fix(runs: Runs) -> None:
-    message = runs.problem("training.precision=bf16", "training.zero_stage=0")
-    assert "training: bf16 needs zero_stage >= 1" in message
-    assert runs.load("training.precision=bf16", "training.zero_stage=1").training.precision == "bf16"
-    assert runs.load("training.precision=fp32", "training.zero_stage=0").training.zero_stage == 0
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_precision_goes_with_every_zero_stage(runs: Runs, precision: str) -> None:
+    for stage in range(4):
+        training = runs.load(f"training.precision={precision}", f"training.zero_stage={stage}").training
+        assert (training.precision, training.zero_stage) == (precision, stage)
+
+
+@pytest.mark.parametrize(("offload", "least"), [("optimizer", 1), ("parameters", 3)])
+def test_offload_without_the_zero_stage_that_it_needs_is_refused_with_the_fix(
+    runs: Runs, offload: str, least: int
+) -> None:
+    overrides = [f"training.offload={offload}", f"training.zero_stage={least - 1}"]
+    message = runs.problem(*overrides)
+    assert f"training: offload: {offload} needs zero_stage >= {least}, not {least - 1}" in message
+    for stage in range(least, 4):
+        assert runs.load(overrides[0], f"training.zero_stage={stage}").training.offload == offload
+    assert runs.load("training.offload=none", "training.zero_stage=0").training.zero_stage == 0
+
+
+def test_the_best_checkpoint_by_a_metric_that_is_never_measured_is_refused_with_the_fix(runs: Runs) -> None:
+    best = "training.checkpoints.best={metric: validation_accuracy, highest: true}"
+    message = runs.problem(best)
+    assert "checkpoints.best.metric 'validation_accuracy' is never measured: set evaluate_every" in message
+    assert "'validation_loss' is never measured" in runs.problem("training.checkpoints.best={}"), "the default metric"
+    assert runs.load(best, "training.evaluate_every=5").training.evaluate_every == 5
+    assert runs.load("training.checkpoints.best.metric=loss").training.evaluate_every is None
+
+
+def test_a_decay_that_begins_before_the_warmup_ends_is_refused(runs: Runs) -> None:
+    shares = ["stages.joint.optimizer.warmup=0.6", "stages.joint.optimizer.decay=0.5"]
+    message = runs.problem("stages.joint.optimizer.schedule=wsd", *shares)
+    assert "stages.joint.optimizer: warmup 0.6 and decay 0.5 are more than all steps" in message
+    runs.load("stages.joint.optimizer.schedule=wsd", shares[0], "stages.joint.optimizer.decay=0.4")
+    for schedule in ("cosine", "constant"):
+        runs.load(f"stages.joint.optimizer.schedule={schedule}", *shares)  # they have no decay of their own
 
 
 @pytest.mark.parametrize(
-    ("overrides", "nearest"),
+    ("overrides", "problem"),
     [
         (["resources.workers=3"], "stages.joint.global_batch_size 8 can't be shared by 3 workers: nearest 6 or 9"),
+        (["resources.workers=9"], "stages.joint.global_batch_size 8 can't be shared by 9 workers: nearest 9"),
+        (
+            ["resources.workers=3", "stages.joint.micro_batch_size=2"],
+            "stages.joint.global_batch_size 8 can't be shared by 3 workers in micro-batches of 2: nearest 6 or 12",
+        ),
         (
             ["resources.workers=2", "stages.joint.micro_batch_size=3"],
-            "stages.joint.global_batch_size 8 can't be shared by 2 workers in micro-batches of 3: nearest 6 or 12",
+            "stages.joint.global_batch_size 8 can't be shared by 2 workers in micro-batches of 3: nearest 6 or 12; "
+            "or micro_batch_size 2 or 4",
         ),
-        (["stages.memory.micro_batch_size=3"], "stages.memory.global_batch_size 4 can't be shared by 1 workers"),
+        (
+            ["stages.memory.micro_batch_size=8"],
+            "stages.memory.global_batch_size 4 can't be shared by 1 workers in micro-batches of 8: nearest 8; "
+            "or micro_batch_size 4",
+        ),
     ],
 )
-def test_a_batch_that_cannot_be_shared_names_the_nearest_that_can(
-    runs: Runs, overrides: list[str], nearest: str
+def test_a_batch_that_cannot_be_shared_names_the_nearest_sizes_that_can(
+    runs: Runs, overrides: list[str], problem: str
 ) -> None:
-    assert nearest in runs.problem(*overrides)
+    """Micro-batch sizes only where one of them would do."""
+    assert runs.problem(*overrides).endswith(problem)
 
 
 def test_a_batch_that_can_be_shared_is_accepted(runs: Runs) -> None:
@@ -308,7 +349,7 @@ def test_overrides_reach_nested_keys_and_keep_their_types(runs: Runs) -> None:
         "seed=7",
         "stages.joint.optimizer.learning_rate=3e-4",
         "stages.memory.curriculum=[{turns: 3, epochs: 0.5}]",
-        "training.checkpoint_every=5",
+        "training.checkpoints.every=5",
         "tracking.uri=http://localhost:5000/a=b",
     )
     assert run.seed == 7
@@ -316,9 +357,9 @@ def test_overrides_reach_nested_keys_and_keep_their_types(runs: Runs) -> None:
     memory = run.stages["memory"]
     assert isinstance(memory, MemoryAwareConfig)
     assert [(lesson.turns, lesson.epochs) for lesson in memory.curriculum] == [(3, 0.5)]
-    assert run.training.checkpoint_every == 5
+    assert run.training.checkpoints.every == 5
     assert run.tracking.uri == "http://localhost:5000/a=b", "only the first '=' parts key from value"
-    assert run.training.keep_checkpoints == RunConfig.model_fields["training"].default.keep_checkpoints
+    assert run.training.checkpoints.keep == RunConfig.model_fields["training"].default.checkpoints.keep
 
 
 def test_the_last_override_of_a_key_wins(runs: Runs) -> None:

@@ -1,0 +1,174 @@
+"""Faults of workers, nodes and drivers of a Ray Train job: it resumes, or ends with one error that says whose fault."""
+
+import json
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import psutil
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+
+from rxt_platform.errors import TrainingError
+from rxt_platform.orchestration import ray_jobs
+from rxt_platform.training.job import StageJob
+from tests.chaos.faulty import infect
+from tests.support import BIN, Jobs, environment, make_jobs
+
+pytestmark = pytest.mark.chaos
+
+STAGE = "sft"
+NewJobs = Callable[..., Jobs]
+
+
+def wait_for(condition: Callable[[], object], what: str, seconds: float = 120) -> None:
+    """Poll until something holds; the deadline names what was waited for."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
+        time.sleep(0.005)
+
+
+def train_workers(root: psutil.Process) -> list[psutil.Process]:
+    """Ray Train's workers below a process."""
+    found = []
+    for child in root.children(recursive=True):
+        try:
+            if "RayTrainWorker" in " ".join(child.cmdline()):
+                found.append(child)
+        except psutil.Error:
+            continue
+    return found
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A head without CPUs and three nodes of one; this process is the driver."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    for name, value in ray_jobs._DRIVER_ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    nodes = [made.add_node(num_cpus=1) for _ in range(3)]
+    ray.init(address=made.address, log_to_driver=False)
+    yield made, nodes
+    ray.shutdown()
+    made.shutdown()
+
+
+@pytest.fixture(scope="module")
+def straight_pair(straight_run: Jobs, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Hash of the stage's weights by two workers, undisturbed and without Ray."""
+    jobs = make_jobs(tmp_path_factory.mktemp("pair"))
+    jobs.jobs[STAGE] = jobs.jobs[STAGE].model_copy(update={"start": straight_run.jobs[STAGE].start})
+    assert jobs.run(STAGE, workers=2).returncode == 0
+    return jobs.weights_sha256(STAGE)
+
+
+def sft_job(new_jobs: NewJobs, straight_run: Jobs, *overrides: str) -> tuple[Jobs, StageJob]:
+    """The second stage, slow enough to be hit in the middle."""
+    jobs = new_jobs("training.hang_seconds=15", *overrides)
+    job = jobs.jobs[STAGE].model_copy(update={"start": straight_run.jobs[STAGE].start})
+    jobs.jobs[STAGE] = job
+    return jobs, job
+
+
+def at_step(jobs: Jobs, step: int, act: Callable[[], None]) -> threading.Thread:
+    """Does something as soon as a step is logged."""
+
+    def wait() -> None:
+        wait_for(lambda: len(jobs.history(STAGE)) >= step, f"step {step}", 240)
+        act()
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    return thread
+
+
+def raising_worker(config: dict[str, Any]) -> dict[str, Any]:
+    """A Ray Train worker whose rank 1 fails in step 5, each time."""
+    infect("raise", rank=1, step=5)
+    return ray_jobs._train_worker(config)
+
+
+def test_stopped_worker_is_replaced(new_jobs: NewJobs, straight_run: Jobs, cluster: Any, straight_pair: str) -> None:
+    """SIGSTOP: the others' collective fails after `hang_seconds`, Ray replaces all, the result is the same."""
+    jobs, job = sft_job(new_jobs, straight_run)
+    resources = jobs.config.resources
+    stopped: list[psutil.Process] = []
+
+    def stop() -> None:
+        stopped.append(train_workers(psutil.Process())[1])
+        stopped[0].send_signal(signal.SIGSTOP)
+
+    thread = at_step(jobs, 4, stop)
+    started = time.monotonic()
+    ray_jobs.train(job, resources)
+    thread.join(timeout=5)
+    assert stopped
+    assert time.monotonic() - started < 150
+    failures = [
+        json.loads(line) for path in (job.work / "workers").glob("failures-*") for line in path.read_text().splitlines()
+    ]
+    assert [one["kind"] for one in failures] == ["collective failed"]
+    assert jobs.weights_sha256(STAGE) == straight_pair
+    wait_for(
+        lambda: not stopped[0].is_running() or stopped[0].status() == psutil.STATUS_ZOMBIE, "the stopped one's end"
+    )
+
+
+def test_killed_node_is_survived(new_jobs: NewJobs, straight_run: Jobs, cluster: Any, straight_pair: str) -> None:
+    """A raylet with a worker is killed: the rest of the cluster goes on from the newest checkpoint."""
+    made, nodes = cluster
+    jobs, job = sft_job(new_jobs, straight_run)
+
+    def kill() -> None:
+        raylets = {node: psutil.Process(node.all_processes["raylet"][0].process.pid) for node in nodes}
+        busy = next(node for node, raylet in raylets.items() if train_workers(raylet))
+        made.remove_node(busy, allow_graceful=False)
+
+    thread = at_step(jobs, 4, kill)
+    metrics = ray_jobs.train(job, jobs.config.resources)
+    thread.join(timeout=5)
+    assert metrics["resumed_from_step"] >= 3
+    assert jobs.weights_sha256(STAGE) == straight_pair
+
+
+def test_exception_on_one_worker_is_one_error_on_the_driver(
+    new_jobs: NewJobs, straight_run: Jobs, cluster: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is tried again as often as `max_failures` says, then the driver names the worker, the step and the cause."""
+    jobs, job = sft_job(new_jobs, straight_run)
+    resources = jobs.config.resources.model_copy(update={"max_failures": 1})
+    monkeypatch.setattr(ray_jobs, "_train_worker", raising_worker)
+    started = time.monotonic()
+    with pytest.raises(
+        TrainingError, match=r"worker 1 \(process \d+ on .*\), step 5, forward: ValueError: an injected"
+    ):
+        ray_jobs.train(job, resources)
+    assert time.monotonic() - started < 120
+
+
+def test_node_that_is_taken_away_is_left_with_a_checkpoint(
+    new_jobs: NewJobs, straight_run: Jobs, cluster: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A drained node (spot instance): a checkpoint between the regular ones, and the job goes on elsewhere from it."""
+    made, nodes = cluster
+    monkeypatch.setenv("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
+    jobs, job = sft_job(new_jobs, straight_run, "stages.sft.epochs=100", "training.checkpoints.every=400")
+
+    def drain() -> None:
+        raylets = {node: psutil.Process(node.all_processes["raylet"][0].process.pid) for node in nodes}
+        busy = next(node for node, raylet in raylets.items() if train_workers(raylet))
+        command = [str(BIN / "ray"), "drain-node", "--address", made.address, "--node-id", busy.node_id]
+        why = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "test", "--deadline-remaining-seconds"]
+        subprocess.run([*command, *why, "5"], env=environment(), check=True, capture_output=True, timeout=60)
+
+    thread = at_step(jobs, 20, drain)
+    metrics = ray_jobs.train(job, jobs.config.resources)
+    thread.join(timeout=5)
+    assert metrics["resumed_from_step"] > 0
+    assert metrics["resumed_from_step"] % 400
