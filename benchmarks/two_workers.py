@@ -30,6 +30,16 @@ OVERRIDES = [
 ]
 
 
+def launcher(workers: int) -> list[str]:
+    """Arguments of Python that start `-m`'s module in so many processes."""
+    return ["-m", "torch.distributed.run", "--nproc-per-node", str(workers), "-m"] if workers > 1 else ["-m"]
+
+
+def job_environment() -> dict[str, str]:
+    """Of a job's processes: one thread each."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONWARNINGS": "ignore"}
+
+
 def losses(workers: int) -> dict[str, list[float]]:
     """The objective of every step, by stage."""
     with tempfile.TemporaryDirectory() as folder:
@@ -40,10 +50,9 @@ def losses(workers: int) -> dict[str, list[float]]:
         for step in plan[len(PREPARED) : -1]:
             job = Path(folder) / f"{step.name}.json"
             job.write_text(stage_job(config, plan, step).model_dump_json())
-            launcher = ["torch.distributed.run", "--nproc-per-node", str(workers), "-m"] if workers > 1 else []
             subprocess.run(
-                [sys.executable, "-m", *launcher, "rxt_platform.training", str(job)],
-                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
+                [sys.executable, *launcher(workers), "rxt_platform.training", str(job)],
+                env=job_environment(),
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 check=True,
