@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 import click
-from two_workers import job_environment, launcher
+from processes import job_environment, launcher
 
 from rxt_platform.config.loading import load_run
 from rxt_platform.orchestration.plan import PREPARED, build_plan

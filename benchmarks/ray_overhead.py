@@ -20,8 +20,8 @@ import time
 from pathlib import Path
 
 import click
+from processes import job_environment, launcher
 from timing import Machine, machine_options, ratio, report, spread
-from two_workers import job_environment, launcher
 
 from rxt_platform.config.loading import load_run
 from rxt_platform.config.run import RunConfig

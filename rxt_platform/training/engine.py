@@ -5,9 +5,8 @@ compute what one does. All randomness comes from (seed, step, row). The engine k
 """
 
 import logging
-import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,13 +23,14 @@ from rxt_platform.data.sampler import BatchSampler
 from rxt_platform.errors import ResumeError, StoppedError, TrainingError
 from rxt_platform.model.flops import ForwardFlops
 from rxt_platform.model.transformer import ReactiveTransformer
-from rxt_platform.stages.base import LossReport, Phase, Stage, phase_at
+from rxt_platform.stages.base import LossReport, Phase, Stage
 from rxt_platform.storage.remote import RemoteFolder
 from rxt_platform.training import checkpoints
 from rxt_platform.training.checkpoints import ResumeState, Skipped
 from rxt_platform.training.distributed import on_rank_zero, raise_together
 from rxt_platform.training.guards import SpikeError, SpikeGuard
 from rxt_platform.training.measures import Meter, Metrics, Profiler, Spans, StepClock, peak_flops
+from rxt_platform.training.step import StepRunner, Wishes, expert_load
 from rxt_platform.training.strategy import Strategy
 from rxt_platform.training.watch import Watch
 from rxt_platform.training.writer import CheckpointWriter, WriterSettings
@@ -94,37 +94,6 @@ class StageProgram(nn.Module):
         return report(self.model, batch, phase)
 
 
-@dataclass(frozen=True)
-class _Wishes:
-    """What a rank asks for; added up over the ranks in the reduction of every step."""
-
-    stop: bool = False
-    checkpoint: bool = False
-    write_failed: bool = False
-
-    def numbers(self) -> list[float]:
-        """To be summed."""
-        return [float(self.stop), float(self.checkpoint), float(self.write_failed)]
-
-    @classmethod
-    def of(cls, numbers: Sequence[float]) -> "_Wishes":
-        """From the sums."""
-        return cls(*(number > 0 for number in numbers))
-
-
-@dataclass
-class _Outcome:
-    """Of one step: its metrics over all ranks, or why its update was left out; and what some rank asks for."""
-
-    metrics: Metrics
-    flops: int
-    tokens: int
-    rows: list[int] = field(default_factory=list)  # that this rank trained on
-    norms: Metrics = field(default_factory=dict)  # of each component's gradient, where asked for
-    skipped: str | None = None
-    wishes: "_Wishes" = field(default_factory=lambda: _Wishes())
-
-
 class Engine:
     """One stage's training: `run()` takes it from its newest checkpoint, or its start, to its end."""
 
@@ -137,14 +106,14 @@ class Engine:
         rows = stage.config.global_batch_size
         if rows % self.world:
             raise TrainingError(f"global_batch_size {rows} can't be shared by {self.world} workers")
-        self.micro = forward_rows(stage.config, stage.sampler, self.world, training, settings.device.type)
-        self.flops = ForwardFlops.of(model)
+        micro = forward_rows(stage.config, stage.sampler, self.world, training, settings.device.type)
+        flops = ForwardFlops.of(model)  # before ZeRO-3 cuts the parameters
         if training.activation_checkpointing:
             model.checkpoint_layers()
         if training.compile:
             model.compile_layers()
         program = StageProgram(stage, model)
-        forwards = rows // self.world // self.micro
+        forwards = rows // self.world // micro
         self.strategy = Strategy(program, model, training, stage.config.optimizer, self.phases, forwards)
         self.program = self.strategy.engine
         self.directory = settings.work / "checkpoints"
@@ -152,6 +121,7 @@ class Engine:
         written = WriterSettings(self.directory, training.checkpoints, watch, training.hang_seconds)
         self.writer = CheckpointWriter(self.strategy.sharded, model, written)
         self.clock = StepClock(settings.device, watch)
+        self.stepper = StepRunner(stage, self.strategy, flops, micro, settings.device, self.clock)
         self.spans = Spans(settings.work / "spans" / f"rank-{self.rank:05d}.jsonl", self.rank, watch.attempt)
         trace = settings.work / "profile" / f"rank-{self.rank:05d}.json"
         self.profiler = Profiler(training.profile, trace, settings.device)
@@ -272,11 +242,11 @@ class Engine:
                 self.profiler.before_step()
                 with self.clock.part("data"):
                     batch = next_batch()
-                wishes = _Wishes(hooks.stop_requested(), hooks.checkpoint_requested(), self.writer.failed)
+                wishes = Wishes(hooks.stop_requested(), hooks.checkpoint_requested(), self.writer.failed)
                 if step in left_out:
-                    outcome = self._leave_out(wishes)
+                    outcome = self.stepper.leave_out(wishes)
                 else:
-                    outcome = self._step(step, batch, guard, wishes, norms=done % training.log_every == 0)
+                    outcome = self.stepper.run(step, batch, guard, wishes, norms=done % training.log_every == 0)
                 wishes = outcome.wishes
                 if outcome.skipped is not None:
                     self.meter.add_skipped()
@@ -321,82 +291,6 @@ class Engine:
                 f"stopped as asked after step {state.step} of {self.steps}; the same command goes on from there"
             )
         )
-
-    def _step(self, step: int, batch: Batch, guard: SpikeGuard, wishes: _Wishes, norms: bool) -> _Outcome:
-        """One optimizer step on the global batch; the metrics are those of the whole batch."""
-        phase = phase_at(self.phases, step)
-        rate = self.strategy.set_rates(step, self.steps, phase)
-        sums: LossReport | None = None
-        losses: list[tuple[Batch, Tensor]] = []
-        flops = 0
-        parts = list(batch.shares(self.rank, self.world, self.micro))
-        for number, part in enumerate(parts, start=1):
-            flops += self.stage.flops(self.flops, part, phase)
-            with self.clock.part("forward"):
-                report = self.program(part.to(self.settings.device), phase)
-            with self.clock.part("backward"):
-                self.strategy.backward(report.loss, last=number == len(parts))
-            losses.append((part, report.loss.detach()))
-            sums = report.detached() if sums is None else sums.plus(report)
-        assert sums is not None
-        with self.clock.part("optimizer"):
-            metrics, wishes = self._over_ranks(sums, wishes)
-            outcome = _Outcome(metrics, flops, batch.tokens, wishes=wishes)
-            outcome.rows = [row for part in parts for row in part.rows.tolist()]
-            if not math.isfinite(metrics["objective"]):
-                self.strategy.discard()
-                outcome.skipped = f"the loss is {metrics['objective']}: {self._blame(losses)}"
-                return outcome
-            try:
-                guard.check(step, metrics["objective"])
-            except SpikeError:
-                self.strategy.discard()
-                raise
-            by_component = self.strategy.sharded.gradient_norms() if norms else {}
-            norm = self.strategy.update()
-            if not math.isfinite(norm):
-                outcome.skipped = f"the gradient's norm is {norm}, the loss {metrics['objective']:.4g}"
-                return outcome
-            if sums.usage is not None:
-                self.model.rebalance(sums.usage)
-        outcome.metrics = {**metrics, **expert_load(sums.usage), "gradient_norm": norm, "learning_rate": rate}
-        outcome.norms = {f"gradient_norm.{name}": value for name, value in by_component.items()}
-        return outcome
-
-    def _leave_out(self, wishes: _Wishes) -> _Outcome:
-        """A step whose batch is not trained on; the ranks still agree on what to do."""
-        _, wishes = self._over_ranks(LossReport(torch.zeros((), device=self.settings.device)), wishes)
-        return _Outcome({}, 0, 0, skipped="left out", wishes=wishes)
-
-    def _over_ranks(self, report: LossReport, wishes: _Wishes) -> tuple[Metrics, _Wishes]:
-        """The metrics summed over the ranks, and what any of them wishes.
-
-        One reduction a step; it also replaces `report.usage` [M, E] by its sum.
-        """
-        names = ["objective", *report.metrics]
-        asked = wishes.numbers()
-        flags = torch.tensor(asked, device=report.loss.device)
-        parts = [torch.stack([report.loss.float(), *report.metrics.values()]), flags]
-        if report.usage is not None:
-            parts.append(report.usage.flatten())
-        all_of_it = torch.cat(parts)
-        dist.all_reduce(all_of_it)
-        if report.usage is not None:
-            report.usage = all_of_it[len(names) + len(asked) :].view_as(report.usage)
-        values = all_of_it[: len(names) + len(asked)].tolist()
-        return dict(zip(names, values, strict=False)), _Wishes.of(values[len(names) :])
-
-    def _blame(self, losses: Iterable[tuple[Batch, Tensor]]) -> str:
-        """Which rows' losses are not finite, and on which ranks. All ranks must call it."""
-        rows = [row for part, loss in losses if not math.isfinite(float(loss)) for row in part.rows.tolist()]
-        everyone: list[Any] = [None] * self.world
-        dist.all_gather_object(everyone, rows)
-        named = [
-            f"worker {rank}: rows {', '.join(self.stage.sampler.place(row) for row in rows)}"
-            for rank, rows in enumerate(everyone)
-            if rows
-        ]
-        return "; ".join(named) or "each worker's part alone is finite"
 
     def _places(self, batch: Batch) -> list[str]:
         return [self.stage.sampler.place(row) for row in batch.rows.tolist()]
@@ -459,17 +353,6 @@ def forward_rows(config: StageConfig, sampler: BatchSampler, world: int, trainin
     if training.precision == "bf16" and training.zero_stage == 0:
         return rows
     return sampler.forward_rows(rows, world, FORWARD_OVERHEAD[device])
-
-
-def expert_load(usage: Tensor | None) -> Metrics:
-    """Tokens of the busiest and of the idlest expert, as multiples of a fair share, from `usage` [M, E].
-
-    1 and 1 when balanced; E / k and 0 when all tokens go to the same k experts. Nothing without experts.
-    """
-    if usage is None:
-        return {}
-    load = usage / usage.mean(dim=1, keepdim=True).clamp(min=1e-9)
-    return {"expert_load_max": float(load.max()), "expert_load_min": float(load.min())}
 
 
 def _add(totals: Metrics, values: Metrics) -> None:

@@ -63,10 +63,21 @@ def test_conversations_of_one_turn_train_beside_longer_ones(
         assert alone["gradient_norm"] == pytest.approx(shared["gradient_norm"], rel=1e-3), alone["step"]
 
 
-@pytest.mark.parametrize("zero_stage", [0, 2, 3])
-def test_zero_stages_agree(straight_run: Jobs, new_jobs: Callable[..., Jobs], zero_stage: int) -> None:
-    """The stage with frozen parts and phases, from the same model, under every ZeRO stage."""
-    jobs = new_jobs(f"training.zero_stage={zero_stage}")
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["zero_stage=0"],
+        ["zero_stage=2"],
+        ["zero_stage=3"],
+        ["zero_stage=1", "offload=optimizer"],
+        ["zero_stage=2", "offload=optimizer", "activation_checkpointing=true"],
+        ["zero_stage=3", "offload=parameters", "activation_checkpointing=true"],
+    ],
+    ids=" ".join,
+)
+def test_strategies_agree(straight_run: Jobs, new_jobs: Callable[..., Jobs], settings: list[str]) -> None:
+    """The stage with frozen parts and phases, from the same model, however it is spread over two workers."""
+    jobs = new_jobs(*(f"training.{setting}" for setting in settings))
     jobs.jobs["memory_aware"] = jobs.jobs["memory_aware"].model_copy(
         update={"start": straight_run.jobs["memory_aware"].start}
     )

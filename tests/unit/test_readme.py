@@ -2,10 +2,13 @@
 
 import re
 import tomllib
+from typing import Any
 
 import yaml
 
 from rxt_platform.config.data import DataConfig
+from rxt_platform.config.run import ResourcesConfig
+from rxt_platform.config.training import TrainingConfig
 from tests.support import ROOT
 
 RUN_BY = {
@@ -50,9 +53,23 @@ def test_files_that_the_readme_links_to_exist() -> None:
 
 
 def test_the_readme_s_data_section_is_valid() -> None:
-    (block,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    config = DataConfig.model_validate(yaml.safe_load(block)["data"])
+    (block,) = (block for block in yaml_blocks() if "data" in block)
+    config = DataConfig.model_validate(block["data"])
     assert [source.kind for source in config.texts or []] == ["hub", "files"]
+
+
+def test_the_readme_s_training_section_is_valid() -> None:
+    (block,) = (block for block in yaml_blocks() if "training" in block)
+    training = TrainingConfig.model_validate(block["training"])
+    assert training.checkpoints.best is not None
+    assert ResourcesConfig.model_validate(block["resources"]).workers == 8
+
+
+def yaml_blocks() -> list[dict[str, Any]]:
+    """The README's."""
+    return [
+        yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    ]
 
 
 def test_shipped_configs_are_plain_yaml() -> None:
