@@ -4,7 +4,8 @@
 #   benchmarks/gpu.sh               # everything
 #   benchmarks/gpu.sh nano joint    # only the parts whose name holds one of these words
 #
-# Needs torch, pydantic, numpy, tokenizers, safetensors, pyyaml and click; PYTHON=python3.12 picks the interpreter, and
+# Needs torch, pydantic, numpy, tokenizers, safetensors, pyyaml and click, the engine_speed parts also deepspeed, pyarrow
+# and psutil; PYTHON=python3.12 picks the interpreter, and
 # COMMIT=abc1234 names the commit where the tree has no git. A part that fails does not stop the others; the script then
 # ends with 1 and names them. It stops at LIMIT seconds (default 3600): what was running then, and what had not begun, has
 # failed; the slowest to start, compiled generation, comes last.
@@ -41,6 +42,8 @@ part generation-nano generation --preset alpha-nano "${graphs[@]}"
 part generation-synthetic generation --preset alpha-synthetic "${graphs[@]}"
 part joint_step-nano joint_step --preset alpha-nano --batch 128 --compile
 part joint_step-synthetic joint_step --preset alpha-synthetic --batch 64 --compile
+part engine_speed-nano engine_speed --preset alpha-nano --batch 256 --steps 30 --compile
+part engine_speed-synthetic engine_speed --preset alpha-synthetic --batch 64 --steps 30 --compile
 # Sixteen conversations at once: one alone is too little work for such a device to tell a long history from a short one.
 part latency_by_turn-nano latency_by_turn --preset alpha-nano --batch 16 --repeats 3 "${graphs[@]}"
 part latency_by_turn-synthetic latency_by_turn --preset alpha-synthetic --batch 16 --repeats 2 "${graphs[@]}"

@@ -42,18 +42,24 @@ from rxt_platform.training.measures import DATA_SHEET_TFLOPS
 LOSS_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # of compiled against eager, relative
 
 
-def joint_stage(model: ReactiveTransformer, rows: int, seed: int) -> JointStage:
-    """The stage with its default losses, on `rows` random texts that fill the window."""
+def joint_stage(
+    model: ReactiveTransformer, rows: int, seed: int, steps: int = 1, micro: int | None = None
+) -> JointStage:
+    """The stage with its default losses, on random texts that fill the window: `steps` steps of `rows` texts."""
     config = model.config
     generator = torch.Generator().manual_seed(seed)
-    words = torch.randint(len(SPECIAL_TOKENS), config.vocab_size, (rows, config.max_length - 1), generator=generator)
+    shape = (steps * rows, config.max_length - 1)
+    words = torch.randint(len(SPECIAL_TOKENS), config.vocab_size, shape, generator=generator)
     examples = [Example(((BOS, *text),), (1,)) for text in words.tolist()]
     settings = JointPretrainingConfig(
-        kind="joint_pretraining", epochs=1, global_batch_size=rows, optimizer=OptimizerConfig(learning_rate=1e-4)
+        kind="joint_pretraining",
+        epochs=1,
+        global_batch_size=rows,
+        micro_batch_size=micro,
+        optimizer=OptimizerConfig(learning_rate=1e-4),
     )
-    return JointStage(
-        settings, BatchSampler(examples, Sampling(rows, seed, mask_probability=settings.loss.mask_probability))
-    )
+    sampling = Sampling(rows, seed, mask_probability=settings.loss.mask_probability)
+    return JointStage(settings, BatchSampler(examples, sampling))
 
 
 def training_step(model: ReactiveTransformer, stage: JointStage, batch: Batch) -> Callable[[], float]:

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,11 +11,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from rxt_platform.data.batches import derive_seed
 from rxt_platform.data.rows import Conversation, conversation_to_row
+from rxt_platform.data.shards import TokenShards
 from rxt_platform.data.story_world import StoryWorld
+from rxt_platform.model.files import load_weights
 from rxt_platform.model.parameters import component_of
+from rxt_platform.model.transformer import ReactiveTransformer
+from rxt_platform.stages.base import phase_at
+from rxt_platform.stages.build import build_stage
 from rxt_platform.storage.directory import read_manifest, seal_directory, verify_directory
-from tests.support import STAGES, Jobs, make_jobs
+from rxt_platform.training.optimizer import schedule
+from tests.support import ROOT, STAGES, Jobs, environment, make_jobs
 
 pytestmark = pytest.mark.dist
 
@@ -211,3 +220,63 @@ def test_loss_that_is_not_finite_stops_all_ranks_and_names_the_rows(
     assert "step 1: the loss is nan; nothing was updated" in done.stderr
     assert "look at the batch's rows: story_world:" in done.stderr
     assert not jobs.jobs["sft"].output.exists()
+
+
+@pytest.mark.parametrize(("zero_stage", "reductions"), [(0, 1), (1, 1), (2, 4)])
+def test_gradients_are_reduced_no_more_often_than_needed(
+    new_jobs: Callable[..., Jobs], zero_stage: int, reductions: int
+) -> None:
+    """Four forwards a step: plain data parallel and ZeRO-1 reduce once; ZeRO-2 keeps a share only, so after each."""
+    settings = [f"training.zero_stage={zero_stage}", "training.log_every=100"]
+    jobs = new_jobs(*settings, "stages.sft.micro_batch_size=2")
+    jobs.jobs["sft"] = jobs.jobs["sft"].model_copy(update={"start": None})
+    jobs.command("sft")
+    out = jobs.folder / "counts.json"
+    script = [str(ROOT / "tests/dist/counting.py"), str(jobs.folder / "sft.json"), str(out)]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *script],
+        env=environment(),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    weights = load_file(jobs.jobs["sft"].output / "model.safetensors")
+    trained = sum(tensor.numel() for name, tensor in weights.items() if component_of(name) != "memory_attention")
+    steps = json.loads(out.read_text())
+    assert len(steps) == 10
+    for step in steps[1:]:
+        assert step["elements"] == pytest.approx(reductions * trained, rel=0.02)  # and some metrics
+
+
+def test_the_engine_computes_what_plain_torch_does(straight_run: Jobs) -> None:
+    """The same stage, with its phases, as a loop that a reader can check: fp32, AdamW, clipping, one worker."""
+    job = straight_run.jobs["memory_aware"]
+    tokens = TokenShards(job.tokens, job.stage.section, "train")
+    stage = build_stage(job.stage, tokens, derive_seed(job.seed, job.name), job.model.max_length, job.weights)
+    model = ReactiveTransformer(job.model)
+    assert job.start is not None
+    load_weights(model, job.start)
+    config = job.stage.optimizer
+    named = [(name, each) for name, each in model.named_parameters() if component_of(name) != "frozen"]
+    groups = [{"params": [each], "component": component_of(name)} for name, each in named]
+    adam = torch.optim.AdamW(groups, lr=0.0, betas=config.betas, weight_decay=config.weight_decay)
+    steps = stage.sampler.total_steps
+    for step in range(steps):
+        phase = phase_at(stage.phases(), step)
+        for group in adam.param_groups:
+            scale = config.learning_rate_scale.get(group["component"], 1.0)
+            trains = group["component"] in phase.trains
+            group["lr"] = schedule(config, step, steps) * scale if trains else 0.0
+        report = stage.loss(model, stage.sampler.global_batch(step), phase)
+        report.loss.backward()
+        for _, each in named:  # a frozen one's moments and step count go on, as under ZeRO
+            each.grad = torch.zeros_like(each) if each.grad is None else each.grad
+        torch.nn.utils.clip_grad_norm_([each for _, each in named], config.gradient_clip)
+        adam.step()
+        adam.zero_grad()
+    trained = load_file(job.output / "model.safetensors")
+    for name, each in model.named_parameters():
+        torch.testing.assert_close(trained[name], each.detach(), atol=2e-6, rtol=1e-4, msg=name)
