@@ -37,7 +37,7 @@ from rxt_platform.orchestration.plan import PREPARED, build_plan
 from rxt_platform.orchestration.prepare import prepare
 from rxt_platform.orchestration.steps import stage_job
 from rxt_platform.stages.build import build_stage
-from rxt_platform.training.job import WORKERS, StageJob
+from rxt_platform.training.job import StageJob
 
 CONFIG = Path(__file__).parents[1] / "pipelines/configs/quickstart.yaml"
 STAGES = ("pretraining", "sft", "memory_pretraining", "memory_aware")
@@ -82,11 +82,17 @@ def wait_for(what: str, condition: Callable[[], object], seconds: float = 240) -
         time.sleep(0.002)
 
 
-def recovery(job: StageJob, killed_in: int, killed: float | None = None) -> str:
-    """How long it takes from now (or a time given) until a step is done that was not done before."""
-    killed = killed or time.monotonic()
-    wait_for("a step after the kill", lambda: logged(job) > killed_in)
-    return f"{time.monotonic() - killed:.1f} s until step {logged(job)}"
+def last_span(job: StageJob) -> dict[str, object]:
+    """The newest step of worker 0; its attempt is another one after a restart."""
+    spans = rows_of(job.work / "spans/rank-00000.jsonl")
+    return spans[-1] if spans else {"attempt": "", "step": 0}
+
+
+def recovery(job: StageJob, attempt: object) -> str:
+    """How long it takes from now until a new attempt has done a step; workers of a lost driver go on for a while."""
+    killed = time.monotonic()
+    wait_for("a step of a new attempt", lambda: last_span(job)["attempt"] != attempt)
+    return f"{time.monotonic() - killed:.1f} s until the next step, {last_span(job)['step']}"
 
 
 def workers_of(process: psutil.Process) -> list[psutil.Process]:
@@ -156,8 +162,9 @@ def killed_workers(job: StageJob, config: RunConfig, seed: int, steps: int) -> l
             if number == 2:
                 wait_for("a checkpoint write", lambda: list(checkpoints.glob(".step-*.tmp")))
                 at = f"the write of {next(checkpoints.glob('.step-*.tmp')).name[1:14]}"
+            attempt = last_span(job)["attempt"]
             chance.choice(workers_of(me)).kill()
-            told.append(f"worker killed in {at}: {recovery(job, logged(job))}")
+            told.append(f"worker killed in {at}: {recovery(job, attempt)}")
 
     resources = config.resources.model_copy(update={"max_failures": 8})
     killer = threading.Thread(target=kill, daemon=True)
@@ -179,13 +186,9 @@ def killed_driver(job: StageJob, chance: random.Random, steps: int) -> list[str]
     wait_for(f"step {mark}", lambda: logged(job) >= mark)
     driver.send_signal(signal.SIGKILL)
     driver.wait()
-    before = logged(job)
-    attempt = job.work / WORKERS / "attempt"
-    first = attempt.read_text()
-    started = time.monotonic()
+    before, attempt = logged(job), last_span(job)["attempt"]
     again = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    wait_for("the second attempt", lambda: attempt.read_text() != first)  # the first one's workers go on until then
-    told = f"driver killed in step {before}: {recovery(job, logged(job), started)}"
+    told = f"driver killed in step {before}: {recovery(job, attempt)}"
     if again.wait(timeout=600):
         raise RuntimeError(f"the second driver ended with {again.returncode}")
     return [told]
@@ -206,9 +209,9 @@ def killed_node(job: StageJob, config: RunConfig, chance: random.Random, steps: 
         wait_for(f"step {mark}", lambda: logged(job) >= mark)
         raylets = {node: psutil.Process(node.all_processes["raylet"][0].process.pid) for node in nodes}
         busy = [node for node, raylet in raylets.items() if workers_of(raylet)]
-        before = logged(job)
+        before, attempt = logged(job), last_span(job)["attempt"]
         cluster.remove_node(chance.choice(busy), allow_graceful=False)
-        told.append(f"node killed in step {before}: {recovery(job, before)}")
+        told.append(f"node killed in step {before}: {recovery(job, attempt)}")
 
     try:
         ray.init(address=cluster.address, log_to_driver=False)

@@ -97,24 +97,28 @@ class RunConfig(Spec):
     def _batches_divide(self) -> Self:
         workers = self.resources.workers
         for name, stage in self.stages.items():
-            rows, micro = stage.global_batch_size, stage.micro_batch_size
-            if micro and micro * workers < rows and self.training.precision == "bf16" and not self.training.zero_stage:
-                raise ValueError(
-                    f"stages.{name}.micro_batch_size {micro}: without ZeRO, the gradients of several forwards would be "
-                    "summed in bf16: use training.zero_stage 1, or leave micro_batch_size out"
-                )
-            unit = workers * (micro or 1)
-            if rows % unit:
-                near = [str(size) for size in (rows // unit * unit, rows // unit * unit + unit) if size]
-                message = (
-                    f"stages.{name}.global_batch_size {rows} can't be shared by {workers} workers"
-                    f"{f' in micro-batches of {micro}' if micro else ''}: nearest {' or '.join(near)}"
-                )
-                if micro and rows % workers == 0:
-                    share = rows // workers
-                    sizes = [size for size in range(1, share + 1) if share % size == 0]
-                    below, above = [s for s in sizes if s < micro], [s for s in sizes if s > micro]
-                    possible = [str(size) for size in (*below[-1:], *above[:1])]
-                    message += f"; or micro_batch_size {' or '.join(possible)}"
-                raise ValueError(message)
+            if problem := batch_problem(stage, self.training, workers):
+                raise ValueError(f"stages.{name}.{problem}")
         return self
+
+
+def batch_problem(stage: StageConfig, training: TrainingConfig, workers: int) -> str | None:
+    """Why a stage's batches can't be shared by so many workers, with the nearest sizes that can; None if they can."""
+    rows, micro = stage.global_batch_size, stage.micro_batch_size
+    if micro and micro * workers < rows and training.precision == "bf16" and not training.zero_stage:
+        return (
+            f"micro_batch_size {micro}: without ZeRO, the gradients of several forwards would be summed in bf16: use "
+            "training.zero_stage 1, or leave micro_batch_size out"
+        )
+    unit = workers * (micro or 1)
+    if rows % unit == 0:
+        return None
+    near = [str(size) for size in (rows // unit * unit, rows // unit * unit + unit) if size]
+    parts = f" in micro-batches of {micro}" if micro else ""
+    message = f"global_batch_size {rows} can't be shared by {workers} workers{parts}: nearest {' or '.join(near)}"
+    if micro and rows % workers == 0:
+        share = rows // workers
+        sizes = [size for size in range(1, share + 1) if share % size == 0]
+        below, above = [size for size in sizes if size < micro], [size for size in sizes if size > micro]
+        message += f"; or micro_batch_size {' or '.join(str(size) for size in (*below[-1:], *above[:1]))}"
+    return message

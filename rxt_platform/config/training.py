@@ -8,9 +8,9 @@ from rxt_platform.config.base import Spec
 
 
 class BestConfig(Spec):
-    """Which checkpoint is kept because of a metric, beside the newest."""
+    """Which checkpoint is kept because of a held-out metric; its weights are in the model's folder, as `best/`."""
 
-    metric: str = Field("validation_loss", description="of the history; `validation_...` needs training.evaluate_every")
+    metric: str = Field("validation_loss", pattern="^validation_", description="measured every training.evaluate_every")
     highest: bool = Field(False, description="the best is the highest, not the lowest")
 
 
@@ -91,9 +91,24 @@ class TrainingConfig(Spec):
     @model_validator(mode="after")
     def _best_is_measured(self) -> Self:
         best = self.checkpoints.best
-        if best is not None and best.metric.startswith("validation_") and self.evaluate_every is None:
+        if best is not None and self.evaluate_every is None:
+            raise ValueError(f"checkpoints.best.metric {best.metric!r} is never measured: set evaluate_every")
+        return self
+
+    @model_validator(mode="after")
+    def _rollbacks_find_a_checkpoint(self) -> Self:
+        guard, kept = self.spike_guard, self.checkpoints
+        if guard is not None and guard.skip > kept.every * (kept.keep - 1):
             raise ValueError(
-                f"checkpoints.best.metric {best.metric!r} is never measured: set evaluate_every, "
-                "or choose a metric of the training steps such as 'loss'"
+                f"spike_guard.skip {guard.skip}: the checkpoints kept (the last {kept.keep}, every {kept.every} steps) "
+                "need not reach back so far: raise checkpoints.keep"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _offload_updates_always(self) -> Self:
+        if self.offload != "none" and (self.skipped_batches or self.spike_guard is not None):
+            raise ValueError(
+                "offload: DeepSpeed cannot leave out an update reliably there: no skipped_batches, no spike_guard"
             )
         return self

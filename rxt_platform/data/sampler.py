@@ -65,6 +65,11 @@ class BatchSampler:
         """Steps that `epochs` passes over the rows take (at least one)."""
         return max(1, round(epochs * self.rows / self.global_batch_size))
 
+    @property
+    def changes(self) -> list[int]:
+        """Steps from which on conversations are cut elsewhere than before."""
+        return [end for end, _ in self._lessons]
+
     def global_batch(self, step: int) -> Batch:
         """The whole batch of a step (counted from 0)."""
         sampling = self.sampling

@@ -29,8 +29,8 @@ class RotaryEmbedding(nn.Module):
 def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     """Turn the channel pairs of `x` [B, H, T, head_size] by the angles of `rotary`.
 
-    As a product of complex numbers, in fp32: bit for bit the same, forward and backward, at a third of the time on a CPU
-    (benchmarks/LOG.md). torch.compile would not fuse that, but fuses the plain form.
+    As a product of complex numbers, in fp32: bit for bit the same, forward and backward, in a third of the time on a
+    CPU (benchmarks/LOG.md). torch.compile would not fuse that, but fuses the plain form.
     """
     if not torch.compiler.is_compiling():
         pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))

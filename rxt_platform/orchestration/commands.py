@@ -1,7 +1,7 @@
 """The plan as rows, for the command line."""
 
 from rxt_platform.config.run import RunConfig
-from rxt_platform.orchestration.plan import build_plan, explain
+from rxt_platform.orchestration.plan import build_plan, explain, unfinished_others
 
 
 def plan_rows(config: RunConfig) -> list[dict[str, str]]:
@@ -14,6 +14,6 @@ def plan_rows(config: RunConfig) -> list[dict[str, str]]:
         elif checkpoints:
             state, why = "will resume", f"from {checkpoints[-1]}"
         else:
-            state, why = "will run", explain(step)
+            state, why = "will run", "; ".join([explain(step), *unfinished_others(step)])
         rows.append({"step": step.name, "state": state, "why": why, "artifact": str(step.artifact)})
     return rows

@@ -6,6 +6,7 @@ artifact with the same fingerprint is reused.
 """
 
 import hashlib
+import json
 import os
 from dataclasses import dataclass, field
 from functools import cache
@@ -140,6 +141,22 @@ def explain(step: Step) -> str:
     return "; ".join(changes) or "the code of the rooms it uses changed"
 
 
+def unfinished_others(step: Step) -> list[str]:
+    """Runs of this step under other settings that were not finished and have checkpoints: where, and what differs."""
+    found: list[str] = []
+    for path in sorted(step.work.parent.glob(f"{step.name}-*/checkpoints/step-*/state.json")):
+        folder = path.parents[2]
+        if folder == step.work or any(line.startswith(f"{folder}:") for line in found):
+            continue
+        try:
+            spec = json.loads(path.read_text())["spec"]["spec"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        changes = "; ".join(differences(spec, step.spec)) or "the code or the inputs changed"
+        found.append(f"{folder}: unfinished, under other settings ({changes})")
+    return found
+
+
 def _tokenizer_step(config: RunConfig, corpus: Step, start: tuple[Path, Manifest] | None) -> Step:
     """Trained on the corpus, or taken over from the model that the run starts from: ids must mean the same tokens."""
     if start is None:
@@ -170,11 +187,13 @@ def _training_step(
     inputs = {"tokens": tokens.fingerprint}
     if origin is not None:
         inputs["model"] = origin[1]
+    guard = config.training.spike_guard
     spec = {
         "name": name,
         "stage": {key: value for key, value in stage.model_dump(mode="json").items() if key not in _NOT_IDENTITY},
         "model": config.model.model_dump(mode="json"),
         "precision": config.training.precision,
+        "spike_guard": guard and guard.model_dump(mode="json"),
         "seed": config.seed,
         "weights": [source.weight for source in getattr(config.data, stage.section)],
     }

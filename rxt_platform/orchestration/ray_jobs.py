@@ -2,9 +2,11 @@
 
 import logging
 import os
+import threading
+import time
 import uuid
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from typing import Any, TypeVar
 
 from rxt_platform import errors
@@ -13,7 +15,7 @@ from rxt_platform.errors import ConfigError, RxtError, TrainingError
 from rxt_platform.orchestration.stopping import Stopper
 from rxt_platform.training.job import STOP, WORKERS, StageJob, run_stage
 from rxt_platform.training.measures import Metrics
-from rxt_platform.training.watch import read_failures, root_cause
+from rxt_platform.training.watch import read_failures, root_cause, silent_worker
 
 logger = logging.getLogger(__name__)
 
@@ -82,18 +84,27 @@ def train(job: StageJob, resources: ResourcesConfig, stopper: Stopper | None = N
 
     Raises TrainingError with the cause when the job fails for good, StoppedError when a signal asked it to stop.
     """
-    job = job.model_copy(update={"invocation": uuid.uuid4().hex[:8]})
+    job = job.model_copy(update={"invocation": uuid.uuid4().hex[:8], "invoked": time.time()})
     stop = job.work / STOP
     stop.unlink(missing_ok=True)
     job.work.mkdir(parents=True, exist_ok=True)
     # Ray asks every worker how it is; one that says nothing for so long (stopped, swapped out) is taken for lost.
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(job.training.hang_seconds)
-    # Not in this thread: Ray would handle Ctrl-C itself, without a checkpoint.
-    with ThreadPoolExecutor(1, thread_name_prefix="fit") as fit, (stopper or Stopper()).gently(stop.touch):
-        running = fit.submit(_fit, job, resources)
+    running: Future[dict[str, Any]] = Future()
+
+    def fit() -> None:
+        try:
+            running.set_result(_fit(job, resources))
+        except BaseException as error:  # noqa: BLE001 - handed to the thread that waits
+            running.set_exception(error)
+
+    # Not in this thread, where Ray would handle Ctrl-C itself, without a checkpoint; as a daemon, so that a second
+    # Ctrl-C ends this process whatever the workers do.
+    threading.Thread(target=fit, name="fit", daemon=True).start()
+    with (stopper or Stopper()).gently(stop.touch):
         while not running.done():
-            wait([running], timeout=0.2)  # signals are handled between two waits
-        outcome = running.result()
+            wait([running], timeout=0.5)  # signals are handled between two waits
+    outcome = running.result()
     if "error" in outcome:
         kind: type[RxtError] = getattr(errors, outcome["kind"])
         raise kind(f"{job.output.name}: {outcome['error']}")
@@ -130,8 +141,9 @@ def _fit(job: StageJob, resources: ResourcesConfig) -> dict[str, Any]:
     try:
         result = trainer.fit()
     except ray.train.TrainingFailedError as error:
-        cause = root_cause(read_failures(job.work / WORKERS, job.invocation))
-        raise TrainingError(f"{job.output.name}: {cause or _last_line(error)}") from error
+        workers = job.work / WORKERS
+        cause = root_cause(read_failures(workers, job.invocation)) or silent_worker(workers) or _last_line(error)
+        raise TrainingError(f"{job.output.name}: {cause}") from error
     if result.return_value is None:
         raise TrainingError(f"{job.output.name}: the training job ended without a result")
     outcome: dict[str, Any] = result.return_value

@@ -20,7 +20,7 @@ from rxt_platform.evaluation.report import REPORT_FILES, Report, render_table, w
 from rxt_platform.model.parameters import measure_size
 from rxt_platform.orchestration import ray_jobs
 from rxt_platform.orchestration.evaluate import RESULT, evaluate_run
-from rxt_platform.orchestration.plan import PREPARED, Step, build_plan, in_temporary_copy
+from rxt_platform.orchestration.plan import PREPARED, Step, build_plan, in_temporary_copy, unfinished_others
 from rxt_platform.orchestration.prepare import FERTILITY, prepare
 from rxt_platform.orchestration.progress import Console, HistoryFollower
 from rxt_platform.orchestration.steps import only_holder, remove_leftovers, stage_job
@@ -130,6 +130,8 @@ def _run_step(run: _Run, step: Step, plan: list[Step]) -> None:
 def _make_step(run: _Run, step: Step, plan: list[Step]) -> None:
     run.connect()
     remove_leftovers(step)
+    for other in unfinished_others(step):
+        run.console.line(f"not used {other}")
     child = run.tracker.step(step.name, _tags(step, "made"), step.spec, run.open_runs)
     started = time.monotonic()
     status = _train(run, step, plan, child) if step.kind == "training" else _evaluate(run, step, plan)
@@ -160,6 +162,8 @@ def _record(run: _Run, step: Step, outcome: Outcome, child: str | None) -> None:
     run.outcomes.append(outcome)
     resumed = int(outcome.manifest.metrics.get("resumed_from_step", 0))
     at = f" at step {resumed}" if outcome.status == "resumed" else ""
+    if skipped := int(outcome.manifest.metrics.get("skipped_batches", 0)):
+        at += f", {skipped} batches left out"
     run.console.line(f"{outcome.status + at:<18} {step.name:<20} {outcome.seconds:6.1f} s  {step.artifact}")
     if child is None:
         child = run.tracker.step(step.name, _tags(step, outcome.status), step.spec, run.open_runs)

@@ -166,9 +166,13 @@ def verify_directory(directory: Path, kind: str | None = None) -> Manifest:
         raise ArtifactError(f"{directory}: files missing: {missing}, not in the manifest: {extra}")
     for name, entry in manifest.files.items():
         path = directory / name
-        if path.stat().st_size != entry.size:
-            raise ArtifactError(f"{path}: {path.stat().st_size} bytes, the manifest says {entry.size}")
-        actual = file_hash(path)
+        try:
+            size = path.stat().st_size
+            actual = file_hash(path) if size == entry.size else ""
+        except OSError as error:
+            raise ArtifactError(f"{path}: cannot be read: {error}") from error
+        if size != entry.size:
+            raise ArtifactError(f"{path}: {size} bytes, the manifest says {entry.size}")
         if actual != entry.sha256:
             raise ArtifactError(
                 f"{path}: sha256 {actual}, the manifest says {entry.sha256}: "

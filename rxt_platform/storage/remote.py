@@ -22,17 +22,20 @@ _RETRY_SECONDS = 60  # of Google's client, whose own default is 15 minutes; S3's
 class RemoteFolder:
     """A folder of committed directories. All methods raise ArtifactError when the storage does not do as asked."""
 
-    def __init__(self, uri: str) -> None:
+    def __init__(self, uri: str, below: str = "") -> None:
+        """`below` names a folder in the one that `uri` does."""
         self.uri = re.sub(r"//[^/@?]*@", "//", uri).partition("?")[0]  # as messages name it: without the keys to it
         if re.match(r"gc?s://", uri) and "retry_limit_seconds" not in uri:
             uri = f"{uri}{'&' if '?' in uri else '?'}retry_limit_seconds={_RETRY_SECONDS}"
         try:
-            self._fs, self._path = filesystems.FileSystem.from_uri(uri)
+            self._fs, path = filesystems.FileSystem.from_uri(uri)
         except (ArrowException, OSError, ValueError) as error:
             told = str(error).replace(uri, self.uri)
             raise ArtifactError(
                 f"{self.uri}: not a folder's URI such as s3://bucket/path or file:///path: {told}"
             ) from None
+        self._path = f"{path.rstrip('/')}/{below}".rstrip("/")
+        self.uri = f"{self.uri.rstrip('/')}/{below}".rstrip("/")
 
     def complete(self, prefix: str = "") -> list[str]:
         """Names of the directories that have a manifest and begin with `prefix`, sorted."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 
 from rxt_platform.errors import RxtError
-from rxt_platform.training.job import StageJob, run_stage
+from rxt_platform.training.job import STOP, StageJob, run_stage
 
 
 def main() -> int:
@@ -33,6 +33,7 @@ def main() -> int:
         signal.signal(number, ask_to_stop)
     try:
         job = StageJob.model_validate(json.loads(Path(sys.argv[1]).read_text()))
+        (job.work / STOP).unlink(missing_ok=True)  # of a driver that is gone
         metrics = run_stage(job, stop_requested=stop.is_set)
     except RxtError as error:
         sys.stderr.write(f"error: {error}\n")

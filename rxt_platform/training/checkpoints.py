@@ -171,13 +171,11 @@ def _newest_complete(directory: Path, below: int | None = None) -> tuple[Path | 
 
 
 def outdated(newest: Path, keep: int, best: BestConfig | None) -> list[Path]:
-    """Checkpoints beside `newest` that need not be kept: all but the last `keep` and, if asked for, the best.
+    """Checkpoints up to `newest` that need not be kept: all but the last `keep` and, if asked for, the best.
 
-    Those of later steps were there when the run went on from an earlier one, so they are damaged: none may take the
-    place of a whole one.
+    Those of later steps are damaged, else the run would have gone on from there: none takes the place of a whole one.
     """
-    present = checkpoints_in(newest.parent)
-    usable = [path for path in present if path.name <= newest.name]
+    usable = [path for path in checkpoints_in(newest.parent) if path.name <= newest.name]
     kept = set(usable[-keep:])
     if best is not None:
         scores: dict[Path, float] = {}
@@ -190,7 +188,7 @@ def outdated(newest: Path, keep: int, best: BestConfig | None) -> list[Path]:
         if measured:
             sign = -1 if best.highest else 1
             kept.add(min(measured, key=lambda path: sign * scores[path]))
-    return [path for path in present if path not in kept]
+    return [path for path in usable if path not in kept]
 
 
 def _score(path: Path, best: BestConfig) -> float:
@@ -203,6 +201,35 @@ def _score(path: Path, best: BestConfig) -> float:
             f"{path}: training.checkpoints.best.metric {best.metric!r} is not among the metrics: {', '.join(alike)}"
         )
     return metrics.get(best.metric, math.nan)
+
+
+def best_weights(
+    directory: Path, best: BestConfig, like: Mapping[str, Tensor]
+) -> tuple[dict[str, float], dict[str, Tensor]] | None:
+    """Metrics and weights of the best whole checkpoint; `like` gives what is not in one, and the shapes.
+
+    None when the metric was never measured before a checkpoint.
+    """
+    scores = []
+    for path in checkpoints_in(directory):
+        try:
+            verify_directory(path, KIND)
+            score = _score(path, best)
+        except ArtifactError as error:
+            logger.warning("%s; it is not taken for the best", error)
+            continue
+        if math.isfinite(score):
+            scores.append((-score if best.highest else score, path))
+    if not scores:
+        return None
+    path = min(scores)[1]
+    pieces, weights = Pieces(path), dict(like)
+    for name, size in pieces.sizes(WEIGHT).items():
+        flat = torch.empty(size)
+        pieces.read(WEIGHT, name, 0, size, flat)
+        weights[name] = flat.view_as(like[name])
+    state = ResumeState.read(path)
+    return {**state.metrics, "step": float(state.step)}, {**weights, **load_file(path / BUFFERS)}
 
 
 def remove(paths: Iterable[Path]) -> None:

@@ -10,11 +10,13 @@ from typing import Any, NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 
-from rxt_platform.errors import RxtError
+from rxt_platform.errors import ArtifactError, RxtError
 
 Result = TypeVar("Result")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 _KEPT = 2**30  # bytes
+_PATIENCE = 6 * 3600  # seconds
+_patient: dist.ProcessGroup | None = None  # of `on_rank_zero`
 
 
 def use_cpus(count: int) -> None:
@@ -33,8 +35,9 @@ def use_cpus(count: int) -> None:
 def start_process_group(use_gpu: bool, timeout: float) -> torch.device:
     """Initialise DeepSpeed's communication (NCCL or gloo) on the group that is there; returns this rank's device.
 
-    Collectives fail after `timeout` seconds.
+    Collectives fail after `timeout` seconds; `on_rank_zero` waits longer, for rank 0 may hash or fetch large files.
     """
+    global _patient
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if use_gpu else "cpu")
     for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
         os.environ.setdefault(name, value)
@@ -48,27 +51,43 @@ def start_process_group(use_gpu: bool, timeout: float) -> torch.device:
         # The shared-memory op is compiled on first use (40 s) and not needed: gloo does the collectives.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend="gloo", verbose=False, timeout=timedelta(seconds=timeout))
-        return torch.device("cpu")
-    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    deepspeed.init_distributed(dist_backend="nccl", verbose=False, timeout=timedelta(seconds=timeout))
-    return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        device = torch.device("cpu")
+    else:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        deepspeed.init_distributed(dist_backend="nccl", verbose=False, timeout=timedelta(seconds=timeout))
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    _patient = dist.new_group(backend="gloo", timeout=timedelta(seconds=_PATIENCE))
+    return device
+
+
+def set_timeout(seconds: float) -> None:
+    """How long collectives wait, in all groups of this process that have come since, DeepSpeed's own ones included."""
+    from torch.distributed import distributed_c10d
+
+    for group in list(distributed_c10d._world.pg_map):
+        if group is not _patient:
+            distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
 def stop_process_group() -> None:
     """Leave the group, if there is one: DeepSpeed aborts at interpreter exit otherwise."""
+    global _patient
+    _patient = None
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def on_rank_zero(function: Callable[[], Result]) -> Result:
-    """Rank 0's result of a function on every rank; an RxtError of it is raised on every rank."""
+    """Rank 0's result of a function on every rank; what it raises is raised on every rank, as an RxtError."""
     box: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
             box[0] = function()
         except RxtError as error:
             box[1] = error
-    dist.broadcast_object_list(box, src=0)
+        except OSError as error:
+            box[1] = ArtifactError(f"the run's storage failed: {error}")
+    dist.broadcast_object_list(box, src=0, group=_patient)
     if box[1] is not None:
         raise_together(box[1])
     result: Result = box[0]

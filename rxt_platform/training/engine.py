@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from rxt_platform.config.run import batch_problem
 from rxt_platform.config.stages import StageConfig
 from rxt_platform.config.training import TrainingConfig
 from rxt_platform.data.batches import Batch
@@ -24,7 +25,6 @@ from rxt_platform.errors import ResumeError, StoppedError, TrainingError
 from rxt_platform.model.flops import ForwardFlops
 from rxt_platform.model.transformer import ReactiveTransformer
 from rxt_platform.stages.base import LossReport, Phase, Stage
-from rxt_platform.storage.remote import RemoteFolder
 from rxt_platform.training import checkpoints
 from rxt_platform.training.checkpoints import ResumeState, Skipped
 from rxt_platform.training.distributed import on_rank_zero, raise_together
@@ -37,6 +37,7 @@ from rxt_platform.training.writer import CheckpointWriter, WriterSettings
 
 logger = logging.getLogger(__name__)
 
+_SPIKE = "spike"  # how the reasons of batches begin that a rollback left out
 FORWARD_OVERHEAD = {"cpu": 128, "cuda": 4096}
 """Positions that could be computed in the time that a forward and its backward take to start. Measured with `tiny` on a
 CPU; on a GPU a guess: `micro_batch_size` overrides what follows from it."""
@@ -78,6 +79,7 @@ class TrainResult:
     resumed_from: int
     skipped: list[Skipped]
     state: dict[str, Tensor] = field(default_factory=dict)  # full weights, on rank 0
+    best: tuple[Metrics, dict[str, Tensor]] | None = None  # metrics and weights of the best checkpoint, where asked for
 
 
 class StageProgram(nn.Module):
@@ -103,9 +105,9 @@ class Engine:
         self.phases = stage.phases()
         self.steps = stage.sampler.total_steps
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        rows = stage.config.global_batch_size
-        if rows % self.world:
-            raise TrainingError(f"global_batch_size {rows} can't be shared by {self.world} workers")
+        if problem := batch_problem(stage.config, training, self.world):
+            raise TrainingError(problem)
+        self.skipped: list[Skipped] = []  # steps without an update, those to come included
         micro = forward_rows(stage.config, stage.sampler, self.world, training, settings.device.type)
         flops = ForwardFlops.of(model)  # before ZeRO-3 cuts the parameters
         if training.activation_checkpointing:
@@ -113,12 +115,12 @@ class Engine:
         if training.compile:
             model.compile_layers()
         program = StageProgram(stage, model)
-        forwards = rows // self.world // micro
+        forwards = stage.config.global_batch_size // self.world // micro
         self.strategy = Strategy(program, model, training, stage.config.optimizer, self.phases, forwards)
         self.program = self.strategy.engine
         self.directory = settings.work / "checkpoints"
         watch = settings.watch
-        written = WriterSettings(self.directory, training.checkpoints, watch, training.hang_seconds)
+        written = WriterSettings(self.directory, training.checkpoints, watch)
         self.writer = CheckpointWriter(self.strategy.sharded, model, written)
         self.clock = StepClock(settings.device, watch)
         self.stepper = StepRunner(stage, self.strategy, flops, micro, settings.device, self.clock)
@@ -149,11 +151,15 @@ class Engine:
             with self.clock.part("evaluation"):
                 after = self.evaluate(validation)
                 weights = self.strategy.full_state()
-            return TrainResult(dict(state.before), after, self.steps, state.seconds, first, state.skipped, weights)
+            result = TrainResult(dict(state.before), after, self.steps, state.seconds, first, state.skipped, weights)
+            best = self.training.checkpoints.best
+            if best is not None and self.rank == 0:
+                result.best = checkpoints.best_weights(self.directory, best, weights)
+            return result
         finally:
+            self.writer.close()
             self.profiler.close()
             self.spans.flush()
-            self.writer.close()
 
     def _first_state(self, validation: list[Batch]) -> ResumeState:
         with self.clock.part("evaluation"):
@@ -164,59 +170,50 @@ class Engine:
 
     def _resume(self) -> ResumeState | None:
         """Go on from the newest complete checkpoint, here or in the remote storage; None when none was ever written."""
-        path = on_rank_zero(self._find)
+        path = on_rank_zero(lambda: checkpoints.find(self.directory, self.writer.remote))
         return None if path is None else self._load(path)
-
-    def _find(self) -> Path | None:
-        for leftover in self.directory.glob(".step-*.tmp"):  # of attempts that were killed
-            checkpoints.remove([leftover])
-        local = checkpoints.newest_complete(self.directory)
-        upload = self.training.checkpoints.upload
-        if upload is None:
-            return local
-        remote = RemoteFolder(upload)
-        names = remote.complete()
-        if not names or (local is not None and local.name >= names[-1]):
-            return local
-        logger.info("fetching %s from %s", names[-1], upload)
-        remote.download(names[-1], self.directory / names[-1], checkpoints.KIND)
-        return self.directory / names[-1]
 
     def _load(self, path: Path) -> ResumeState:
         settings = self.settings
-        return checkpoints.load(path, self.strategy.sharded, self.model, settings.identity, settings.spec)
+        state = checkpoints.load(path, self.strategy.sharded, self.model, settings.identity, settings.spec)
+        known = {one.step for one in self.skipped}
+        self.skipped += [one for one in state.skipped if one.step not in known]
+        return state
 
     def _roll_back(self, spike: SpikeError) -> ResumeState:
-        """The last checkpoint from before the batches that are left out now; newer ones are removed."""
+        """The last checkpoint from before the batches that are left out from now on; newer ones are removed.
+
+        What was left out so far stays so. A run that is killed here meets the same spikes again, and decides alike.
+        """
         guard = self.training.spike_guard
         assert guard is not None
+        if len({one.reason for one in self.skipped if one.reason.startswith(_SPIKE)}) >= guard.rollbacks:
+            raise_together(TrainingError(f"{spike}; {guard.rollbacks} rollbacks did not help: lower the learning rate"))
         left_out = range(max(0, spike.step - guard.skip + 1), spike.step + 1)
         self._settle_writer()
 
         def choose() -> Path:
             path = checkpoints.newest_complete(self.directory, below=left_out.start + 1)
             if path is None:
-                raise ResumeError(
-                    f"{spike}; there is no checkpoint from before step {left_out.start + 1} to go back to"
-                )
-            checkpoints.remove(one for one in checkpoints.checkpoints_in(self.directory) if one.name > path.name)
+                raise ResumeError(f"{spike}; no checkpoint is left from before step {left_out.start + 1}")
+            self.writer.forget_after(path)
             return path
 
         state = self._load(on_rank_zero(choose))
-        reasons = {one.reason for one in state.skipped if one.reason.startswith("spike")}
-        if len(reasons) >= guard.rollbacks:
-            raise_together(TrainingError(f"{spike}; {guard.rollbacks} rollbacks did not help: lower the learning rate"))
-        reason = f"spike in {spike}"
-        rows = [Skipped(step, reason, self._places(self.stage.sampler.global_batch(step))) for step in left_out]
-        known = {one.step for one in state.skipped}
+        known = {one.step for one in self.skipped}
+        for step in left_out:
+            if step not in known:
+                rows = self._places(self.stage.sampler.global_batch(step))
+                self.skipped.append(Skipped(step, f"{_SPIKE} in {spike}", rows))
         logger.warning("%s; back to step %d, on without steps %s", spike, state.step, [step + 1 for step in left_out])
-        return replace(state, skipped=[*state.skipped, *(one for one in rows if one.step not in known)])
+        return state
 
     def _train(self, state: ResumeState, validation: list[Batch], hooks: Hooks) -> ResumeState:
         """Steps from a state to the end of the stage. Raises SpikeError with the engine's weights as they were."""
         training, began = self.training, time.monotonic()
         guard = SpikeGuard(training.spike_guard, state.recent)
-        skipped, metrics = list(state.skipped), dict(state.metrics)
+        skipped, metrics = self.skipped, dict(state.metrics)
+        changes = {phase.start for phase in self.phases} | set(self.stage.sampler.changes)
         left_out = {one.step for one in skipped if one.step >= state.step}
 
         def now(done: int) -> ResumeState:
@@ -229,9 +226,13 @@ class Engine:
                 zero_stage=training.zero_stage,
                 metrics=metrics,
                 updates=updates,
-                skipped=skipped,
+                skipped=list(skipped),
                 recent=guard.recent,
             )
+
+        def save(done: int) -> None:
+            self._settle_writer()  # of the one before; all ranks learn whether it failed
+            self.writer.save(now(done))
 
         self.meter.take()
         self.clock.take()
@@ -240,6 +241,8 @@ class Engine:
                 started, done = time.time(), step + 1
                 self.settings.watch.step = done
                 self.profiler.before_step()
+                if step in changes:
+                    guard.recent = []  # other rows or other components: the loss may jump
                 with self.clock.part("data"):
                     batch = next_batch()
                 wishes = Wishes(hooks.stop_requested(), hooks.checkpoint_requested(), self.writer.failed)
@@ -261,11 +264,12 @@ class Engine:
                 if training.evaluate_every is not None and done % training.evaluate_every == 0 and done < self.steps:
                     with self.clock.part("evaluation"):
                         held_out = self.evaluate(validation)
-                    metrics = {**metrics, **{f"validation_{name}": value for name, value in held_out.items()}}
+                    metrics |= {f"validation_{name}": value for name, value in held_out.items()}
+                    self._check_best(metrics)
                 due = done % training.checkpoints.every == 0 or wishes.checkpoint
                 if due and done < self.steps and not wishes.stop:
                     with self.clock.part("checkpoint"):
-                        self.writer.save(now(done))
+                        save(done)
                 parts = self.clock.take()
                 self.meter.add_time(parts)
                 self.spans.add(done, started, parts, outcome.tokens, outcome.rows if training.log_rows else None)
@@ -282,15 +286,19 @@ class Engine:
         return now(self.steps)
 
     def _stop(self, state: ResumeState) -> None:
-        """Checkpoint, wait until it and its copies are safe, and end."""
+        """Checkpoint, wait until it and its copy are safe, and end."""
+        self._settle_writer()
         self.writer.save(state)
         self._settle_writer()
         self.writer.close(finish_uploads=True)
-        raise_together(
-            StoppedError(
-                f"stopped as asked after step {state.step} of {self.steps}; the same command goes on from there"
-            )
-        )
+        message = f"stopped as asked after step {state.step} of {self.steps}; the same command goes on from there"
+        raise_together(StoppedError(f"{message}{on_rank_zero(self.writer.told_of_copies)}"))
+
+    def _check_best(self, metrics: Metrics) -> None:
+        best = self.training.checkpoints.best
+        if best is not None and best.metric not in metrics:
+            known = ", ".join(sorted(name for name in metrics if name.startswith("validation_")))
+            raise_together(TrainingError(f"checkpoints.best.metric {best.metric!r} is not among the metrics: {known}"))
 
     def _places(self, batch: Batch) -> list[str]:
         return [self.stage.sampler.place(row) for row in batch.rows.tolist()]
@@ -301,7 +309,7 @@ class Engine:
         told = f"step {newest.step + 1}: {newest.reason}; nothing was updated"
         rows = f"the batch's rows: {', '.join(newest.rows)}"
         allowed = self.training.skipped_batches
-        if sum(not one.reason.startswith("spike") for one in skipped) > allowed:
+        if sum(not one.reason.startswith(_SPIKE) for one in skipped) > allowed:
             raise_together(
                 TrainingError(
                     f"{told}; lower the learning rate, look at the rows, or allow more than {allowed} "

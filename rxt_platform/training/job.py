@@ -25,7 +25,7 @@ from rxt_platform.data.batches import Batch, collate, derive_seed
 from rxt_platform.data.examples import Example
 from rxt_platform.data.shards import TokenShards
 from rxt_platform.data.tokenizer import RxtTokenizer
-from rxt_platform.errors import TrainingError
+from rxt_platform.errors import ArtifactError, TrainingError
 from rxt_platform.model.files import TOKENIZER, load_weights, save_model
 from rxt_platform.model.transformer import ReactiveTransformer
 from rxt_platform.stages.build import build_stage, mask_probability
@@ -38,7 +38,7 @@ from rxt_platform.training.distributed import (
 )
 from rxt_platform.training.engine import Engine, EngineSettings, Hooks, TrainResult
 from rxt_platform.training.measures import Metrics
-from rxt_platform.training.watch import Watch, claim, read_failures, root_cause
+from rxt_platform.training.watch import Watch, claim, read_failures, root_cause, wait_for_claim
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +68,7 @@ class StageJob(Spec):
     use_gpu: bool = False
     provenance: dict[str, Any]
     parents: dict[str, str]
+    invoked: float = Field(0.0, description="when that command was given, in seconds since the epoch")
     invocation: str = Field("", description="of the command that started it: a restart by Ray belongs to the same one")
 
 
@@ -87,6 +88,7 @@ def run_stage(
     watch: Watch | None = None
     try:
         attempt = on_rank_zero(lambda: _new_attempt(job))
+        wait_for_claim(job.work / WORKERS, attempt)
         watch = Watch(job.work / WORKERS, rank, world, attempt, job.invocation)
         with watch.reporting():
 
@@ -107,7 +109,7 @@ def _new_attempt(job: StageJob) -> str:
     cause = root_cause(read_failures(job.work / WORKERS, job.invocation)) if job.invocation else None
     if cause is not None and cause.final:
         raise TrainingError(str(cause))
-    return claim(job.work / WORKERS)
+    return claim(job.work / WORKERS, job.invocation, job.invoked)
 
 
 def _train(job: StageJob, device: torch.device, watch: Watch, hooks: Hooks) -> Metrics:
@@ -129,6 +131,11 @@ def _train(job: StageJob, device: torch.device, watch: Watch, hooks: Hooks) -> M
             for records in ("spans", "profile"):
                 if (job.work / records).exists():
                     shutil.copytree(job.work / records, folder / records)
+            if result.best is not None:
+                found, weights = result.best
+                (folder / "best").mkdir()
+                save_model(folder / "best", job.model, weights, tokenizer)
+                (folder / "best" / "metrics.json").write_text(json.dumps(found, indent=1))
             if result.skipped:
                 (folder / "skipped.json").write_text(json.dumps([asdict(one) for one in result.skipped], indent=1))
 
@@ -182,11 +189,20 @@ class _History:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= first]
-        self.path.write_text("".join(kept))
+        unfinished = self.path.with_suffix(".tmp")
+        unfinished.write_text("".join(kept))
+        unfinished.rename(self.path)
         logger.info("training from step %d of %d", first, steps)
 
     def add(self, step: int, steps: int, metrics: Metrics) -> None:
         if dist.get_rank() == 0:
-            with self.path.open("a") as file:
-                file.write(json.dumps({"step": step, "steps": steps, "time": time.time(), **metrics}) + "\n")
+            line = json.dumps({"step": step, "steps": steps, "time": time.time(), **metrics}) + "\n"
+            try:
+                with self.path.open("a") as file:
+                    file.write(line)
+            except OSError as error:
+                free = shutil.disk_usage(self.path.parent).free
+                raise ArtifactError(
+                    f"{self.path}: cannot be written: {error}; {len(line)} bytes are needed, {free:,} free"
+                ) from error
         self.on_metrics(step, metrics)

@@ -1,6 +1,7 @@
 """What the engine measures of itself: where a step's time goes, tokens/s, utilisation, memory; spans and traces."""
 
 import json
+import logging
 import resource
 import time
 from collections.abc import Iterator, Sequence
@@ -14,21 +15,46 @@ from torch import Tensor
 from rxt_platform.config.training import ProfileConfig
 from rxt_platform.training.watch import Watch
 
+logger = logging.getLogger(__name__)
+
 Metrics = dict[str, float]
 Part = Literal["data", "forward", "backward", "optimizer", "checkpoint", "evaluation"]
 
 PARTS: tuple[Part, ...] = ("data", "forward", "backward", "optimizer", "checkpoint")
-DATA_SHEET_TFLOPS = {"H100": 989.0, "H200": 989.0}
+DATA_SHEET_TFLOPS = {"H100 80GB HBM3": 989.0, "H200": 989.0}
 """Dense bf16, from the vendor's data sheets; other devices are measured."""
 
 
+class Parts:
+    """Named stretches of time of a step; on a GPU they are known once the device has come so far."""
+
+    def __init__(self) -> None:
+        self._spans: list[tuple[str, Any, Any]] = []
+
+    def add(self, name: str, start: Any, end: Any) -> None:
+        """Clock readings or events."""
+        self._spans.append((name, start, end))
+
+    def seconds(self) -> dict[str, float]:
+        """Of each part."""
+        found: dict[str, float] = dict.fromkeys(PARTS, 0.0)
+        for name, start, end in self._spans:
+            if isinstance(start, float):
+                elapsed = end - start
+            else:
+                end.synchronize()
+                elapsed = start.elapsed_time(end) / 1e3
+            found[name] = found.get(name, 0.0) + elapsed
+        return found
+
+
 class StepClock:
-    """Splits time into parts. On a GPU by events, read only when asked for, so that nothing waits for the device."""
+    """Splits time into parts. On a GPU by events, read only when a step is logged, so that nothing waits for them."""
 
     def __init__(self, device: torch.device, watch: Watch) -> None:
         self._cuda = device.type == "cuda"
         self._watch = watch
-        self._spans: list[tuple[str, Any, Any]] = []
+        self._parts = Parts()
 
     @contextmanager
     def part(self, name: Part) -> Iterator[None]:
@@ -36,18 +62,12 @@ class StepClock:
         self._watch.part = name
         started = self._now()
         yield
-        self._spans.append((name, started, self._now()))
+        self._parts.add(name, started, self._now())
 
-    def take(self) -> dict[str, float]:
-        """Seconds of each part since the last call."""
-        spans, self._spans = self._spans, []
-        if self._cuda and spans:
-            spans[-1][2].synchronize()
-        seconds: dict[str, float] = dict.fromkeys(PARTS, 0.0)
-        for name, start, end in spans:
-            elapsed = start.elapsed_time(end) / 1e3 if self._cuda else end - start
-            seconds[name] = seconds.get(name, 0.0) + elapsed
-        return seconds
+    def take(self) -> Parts:
+        """The parts since the last call."""
+        taken, self._parts = self._parts, Parts()
+        return taken
 
     def _now(self) -> Any:
         if not self._cuda:
@@ -65,12 +85,10 @@ class Spans:
 
     def __init__(self, path: Path, rank: int, attempt: str) -> None:
         self._path, self._rank, self._attempt = path, rank, attempt
-        self._lines: list[str] = []
+        self._waiting: list[tuple[dict[str, Any], Parts]] = []
         path.parent.mkdir(parents=True, exist_ok=True)
 
-    def add(
-        self, step: int, start: float, parts: dict[str, float], tokens: int, rows: Sequence[int] | None = None
-    ) -> None:
+    def add(self, step: int, start: float, parts: Parts, tokens: int, rows: Sequence[int] | None = None) -> None:
         """A finished step (from 1) that began at `start` (seconds since the epoch); `rows` are those of this rank."""
         span: dict[str, Any] = {
             "rank": self._rank,
@@ -79,17 +97,23 @@ class Spans:
             "start": start,
             "tokens": tokens,
         }
-        span["seconds"] = {name: round(value, 6) for name, value in parts.items()}
         if rows is not None:
             span["rows"] = list(rows)
-        self._lines.append(json.dumps(span))
+        self._waiting.append((span, parts))
 
     def flush(self) -> None:
         """Write what has gathered."""
-        if self._lines:
-            with self._path.open("a") as file:
-                file.write("\n".join(self._lines) + "\n")
-            self._lines.clear()
+        waiting, self._waiting = self._waiting, []
+        lines = [
+            json.dumps({**span, "seconds": {name: round(value, 6) for name, value in parts.seconds().items()}})
+            for span, parts in waiting
+        ]
+        if lines:
+            try:
+                with self._path.open("a") as file:
+                    file.write("\n".join(lines) + "\n")
+            except OSError as error:  # a record only; what must not be lost complains by itself
+                logger.warning("%s: %d spans are lost: %s", self._path, len(lines), error)
 
 
 class Meter:
@@ -104,7 +128,7 @@ class Meter:
         self._steps = self._applied = 0
         self._tokens = self._flops = 0
         self._sums: Metrics = {}
-        self._parts: Metrics = {}
+        self._parts: list[Parts] = []
 
     def add(self, metrics: Metrics, tokens: int, flops: int) -> None:
         """A step that updated the weights."""
@@ -117,17 +141,20 @@ class Meter:
         """A step that did not."""
         self._steps += 1
 
-    def add_time(self, parts: dict[str, float]) -> None:
+    def add_time(self, parts: Parts) -> None:
         """Where a step's time went."""
-        for name, seconds in parts.items():
-            self._parts[name] = self._parts.get(name, 0.0) + seconds
+        self._parts.append(parts)
 
     def take(self) -> Metrics:
         """Means of the metrics; seconds of each part a step; tokens/s over all workers; utilisation of this one."""
-        seconds = time.monotonic() - self._started
+        together: Metrics = {}
+        for one in self._parts:
+            for name, value in one.seconds().items():
+                together[name] = together.get(name, 0.0) + value
+        seconds = time.monotonic() - self._started - together.get("evaluation", 0.0)
         steps = max(self._steps, 1)
         means = {name: value / max(self._applied, 1) for name, value in self._sums.items()}
-        parts = {f"{name}_seconds": value / steps for name, value in self._parts.items()}
+        parts = {f"{name}_seconds": value / steps for name, value in together.items()}
         found = {
             **means,
             **parts,

@@ -90,6 +90,9 @@ class ShardedState:
             if stretch.name == name:
                 part = getattr(parameter, "ds_tensor").data.view(-1)  # noqa: B009 - DeepSpeed's own attribute
                 part[: stretch.length].copy_(self.state(stretch, WEIGHT))
+        # Small parameters stay whole on every rank between steps: without this the forward would use the old ones.
+        if getattr(parameter, "ds_status").name == "AVAILABLE":  # noqa: B009
+            getattr(parameter, "partition")()  # noqa: B009
 
     @torch.no_grad()
     def gradient_norms(self) -> dict[str, float]:

@@ -5,7 +5,6 @@ micro-batches and ranks, while parts of our losses add up, so losses are scaled 
 """
 
 import math
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from rxt_platform.config.stages import OptimizerConfig
 from rxt_platform.config.training import TrainingConfig
 from rxt_platform.stages.base import Phase
+from rxt_platform.training.distributed import set_timeout
 from rxt_platform.training.optimizer import build_optimizer, schedule, set_learning_rates
 from rxt_platform.training.sharding import ShardedState
 
@@ -115,7 +115,7 @@ class Strategy:
         self.engine.step()
 
     def full_state(self) -> dict[str, Tensor]:
-        """All weights, gathered from the ranks' partitions: fp32 masters, and what was never trained as it was."""
+        """All weights, gathered from the ranks' partitions, on rank 0: fp32 masters, and the untrained as they were."""
         import deepspeed
         from deepspeed.utils import safe_get_full_fp32_param
 
@@ -128,13 +128,6 @@ class Strategy:
                 continue
             with deepspeed.zero.GatheredParameters(parameter, enabled=zero == 3):
                 full = masters[name] if zero == 0 else safe_get_full_fp32_param(parameter)
-                state[name] = full.detach().float().cpu().clone()
-        return state
-
-
-def set_timeout(seconds: float) -> None:
-    """How long collectives wait, in all groups of this process, DeepSpeed's own ones included."""
-    from torch.distributed import distributed_c10d
-
-    for group in list(distributed_c10d._world.pg_map):
-        distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+                if dist.get_rank() == 0:
+                    state[name] = full.detach().float().cpu().clone()
+        return state if dist.get_rank() == 0 else {}

@@ -5,6 +5,7 @@ that was stopped or killed stops renewing it. A rank that fails notes why. When 
 ranks that waited read the others' files and say whom they waited for.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -20,7 +21,7 @@ from typing import Any
 
 import torch
 
-from rxt_platform.errors import ResumeError, RxtError, StoppedError, TrainingError
+from rxt_platform.errors import ArtifactError, ResumeError, RxtError, StoppedError, TrainingError
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +29,7 @@ _RENEWED = 1.0  # seconds
 _OBSERVED = 3.0  # seconds in which a rank that failed leaves its note, and one that is alive renews its file
 _COLLECTIVE = "collective failed"
 _ATTEMPT = "attempt"  # file that names the current one
+_SHARED = 60.0  # seconds until a file of one node is seen on another
 _SUPERSEDED = 71  # exit status of a worker whose job goes on elsewhere
 
 
@@ -166,20 +168,53 @@ class Watch:
                 os._exit(_SUPERSEDED)
 
 
-def claim(directory: Path) -> str:
-    """A new attempt's name; workers of earlier attempts, which a killed driver may have left running, end by it."""
+def claim(directory: Path, invocation: str = "", invoked: float = 0.0) -> str:
+    """A new attempt's name; workers of earlier attempts, which a killed driver may have left running, end by it.
+
+    Raises ResumeError when a command that was given later (at `invoked`, seconds since the epoch) has the job by now.
+    """
     directory.mkdir(parents=True, exist_ok=True)
-    attempt = uuid.uuid4().hex[:8]
-    unfinished = directory / f"{_ATTEMPT}.tmp"
-    unfinished.write_text(attempt)
-    unfinished.rename(directory / _ATTEMPT)
-    return attempt
+    path = directory / _ATTEMPT
+    attempt = {"attempt": uuid.uuid4().hex[:8], "invocation": invocation, "invoked": invoked or time.time()}
+    with contextlib.suppress(OSError, ValueError):
+        there = json.loads(path.read_text())
+        if there["invocation"] != invocation and there["invoked"] > attempt["invoked"]:
+            raise ResumeError(f"{directory.parent}: a later command has taken this job over; this one ends")
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text(json.dumps(attempt))
+    unfinished.rename(path)
+    return str(attempt["attempt"])
+
+
+def wait_for_claim(directory: Path, attempt: str) -> None:
+    """Every rank must see what rank 0 wrote. Raises ArtifactError when this one's folder is another."""
+    deadline = time.monotonic() + _SHARED
+    while _current_attempt(directory) != attempt:
+        if time.monotonic() > deadline:
+            raise ArtifactError(
+                f"{directory}: not the folder that worker 0 writes to, as seen from {platform.node()}: "
+                "set 'storage' to a folder that all nodes share"
+            )
+        time.sleep(0.1)
+
+
+def silent_worker(directory: Path) -> str | None:
+    """Of a job that ended without a word: the worker that was heard of last long before the others."""
+    found = []
+    for path in directory.glob("rank-*.json"):
+        with contextlib.suppress(OSError, ValueError):
+            found.append(json.loads(path.read_text()))
+    if not found:
+        return None
+    first = min(found, key=lambda here: here["time"])
+    place = f"worker {first['rank']} (process {first['pid']} on {first['host']})"
+    return f"{place} was lost in step {first['step']}, {first['part']}, without a word"
 
 
 def _current_attempt(directory: Path) -> str:
     try:
-        return (directory / _ATTEMPT).read_text()
-    except OSError:  # removed with the work folder, or out of reach for a moment
+        return str(json.loads((directory / _ATTEMPT).read_text())["attempt"])
+    except (OSError, ValueError):  # removed with the work folder, or out of reach for a moment
         return ""
 
 

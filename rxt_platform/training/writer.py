@@ -8,6 +8,7 @@ Copies to the run's remote storage follow in a second thread.
 
 import json
 import logging
+import math
 import shutil
 import threading
 import time
@@ -56,7 +57,7 @@ class WriterSettings:
     directory: Path
     config: CheckpointConfig
     watch: Watch
-    deadline: float  # seconds for all ranks' parts
+    deadline: float = 3600.0  # seconds for the parts of all ranks: storage may be slow; a rank that dies ends the job
 
 
 class CheckpointWriter:
@@ -71,7 +72,9 @@ class CheckpointWriter:
         self._running: Future[None] | None = None
         self._closed = threading.Event()
         upload = settings.config.upload if sharded.rank == 0 else None
-        self._uploads = Uploads(RemoteFolder(upload), settings.config) if upload else None
+        # Each step's copies have a folder of their own, named like its work folder: stages and runs share a URI.
+        self.remote = RemoteFolder(upload, settings.directory.parent.name) if upload else None
+        self._uploads = Uploads(self.remote, settings.config) if self.remote is not None else None
 
     def save(self, state: ResumeState) -> None:
         """Take a copy and have it written; waits for the one before. Raises ArtifactError if that one failed."""
@@ -105,6 +108,24 @@ class CheckpointWriter:
         if self._uploads is not None:
             self._uploads.close(finish_uploads)
 
+    def forget_after(self, checkpoint: Path) -> None:
+        """Remove newer checkpoints, here and in the remote storage: the run goes on from this one. Rank 0 only."""
+        if self._uploads is not None:
+            self._uploads.finish()
+        remove(one for one in checkpoints_in(self.settings.directory) if one.name > checkpoint.name)
+        for name in self.remote.complete(PREFIX) if self.remote is not None else []:
+            assert self.remote is not None
+            if name > checkpoint.name:
+                self.remote.remove(name)
+
+    def told_of_copies(self) -> str:
+        """Whether the newest checkpoint is in the remote storage, for a message. Rank 0 only."""
+        if self._uploads is None or self.remote is None:
+            return ""
+        newest = checkpoints_in(self.settings.directory)[-1].name
+        there = self._uploads.copied == newest
+        return f"; {newest} is {'' if there else 'NOT '}in {self.remote.uri}"
+
     def _copied(self, owned: Sequence[Stretch]) -> list[tuple[str, Stretch, Tensor]]:
         """Copies of whole holders, a few large ones, into memory that is used again each time."""
         tensors, fresh = [], set()
@@ -114,7 +135,7 @@ class CheckpointWriter:
                 if place not in fresh:
                     whole = self.sharded.state(replace(one, offset=0, length=one.holder.numel()), kind)
                     if place not in self._copies:
-                        self._copies[place] = torch.empty(whole.shape, dtype=whole.dtype)
+                        self._copies[place] = torch.empty(whole.shape, dtype=whole.dtype, pin_memory=whole.is_cuda)
                     self._copies[place].copy_(whole)
                     fresh.add(place)
                 tensors.append((kind, one, self._copies[place].narrow(0, one.offset, one.length)))
@@ -202,6 +223,9 @@ class CheckpointWriter:
         """Once all ranks have left their notes: state, manifest, the final name, and out with the old ones."""
         told = self._gather_notes(folder, target, state.step)
         totals = added({kind: Total(**total) for kind, total in one["totals"].items()} for one in told)
+        if not all(math.isfinite(total.square) for total in totals.values()):
+            raise ArtifactError(f"{target}: not written: weights or moments are not finite. {self._intact(state.step)}")
+        self.settings.watch.check_current()  # or it would be put among those of the attempt that took over
         replace(state, totals=totals).write(folder)
         hashed = {name: FileEntry(**entry) for one in told for name, entry in one["files"].items()}
         seal_directory(folder, target, KIND, hashed=hashed)
@@ -256,6 +280,7 @@ class Uploads:
     def __init__(self, remote: RemoteFolder, config: CheckpointConfig) -> None:
         self.remote, self.config = remote, config
         self.failures = 0
+        self.copied = ""  # name of the newest
         self._current: Path | None = None  # being copied
         self._waiting: Path | None = None
         self._changed = threading.Condition()
@@ -275,14 +300,19 @@ class Uploads:
             self._waiting = None
             return self._current
 
-    def close(self, finish: bool, deadline: float = 600.0) -> None:
-        """End; what waits is still copied if `finish`, for at most `deadline` seconds: it is whole here anyway."""
+    def finish(self, deadline: float = 60.0) -> None:
+        """Wait for what is being copied, for at most `deadline` seconds: it is whole here anyway."""
         with self._changed:
-            if not finish:
-                self._waiting = None
-            elif not self._changed.wait_for(lambda: self._waiting is None and self._current is None, deadline):
+            if not self._changed.wait_for(lambda: self._waiting is None and self._current is None, deadline):
                 logger.warning("%s: the upload did not end within %g s and is given up", self.remote.uri, deadline)
                 self._waiting = None
+
+    def close(self, finish: bool, deadline: float = 60.0) -> None:
+        """End; what waits is still copied if `finish`."""
+        if finish:
+            self.finish(deadline)
+        with self._changed:
+            self._waiting = None
             self._ending = True
             self._changed.notify_all()
 
@@ -305,6 +335,7 @@ class Uploads:
 
     def _copy(self, checkpoint: Path) -> None:
         self.remote.upload(checkpoint)
+        self.copied = checkpoint.name
         kept = {path.name for path in checkpoints_in(checkpoint.parent)} | {checkpoint.name}
         for name in self.remote.complete(PREFIX):  # whatever else is in that folder is not ours to remove
             if name not in kept:

@@ -1,7 +1,7 @@
 """A training process with a fault in it: `faulty.py JOB.json KIND RANK STEP`, alone or under torchrun.
 
 The fault comes from outside: the package has no hooks for it. KIND: `nan-loss`, `nan-gradient`, `raise`, `stop`
-(SIGSTOP of itself), `spike` (a loss that is far too high).
+(SIGSTOP of itself), `spike` (a loss that is far too high), `spikes` (in every step from there on).
 """
 
 import os
@@ -13,23 +13,25 @@ import torch.distributed as dist
 
 from rxt_platform.training import engine
 from rxt_platform.training.__main__ import main
+from rxt_platform.training.step import StepRunner
 
 
 def infect(kind: str, rank: int, step: int) -> None:
     """Make rank `rank` fail in step `step` (from 1), each time that it comes there."""
-    forward, train_step = engine.StageProgram.forward, engine.Engine._step
+    forward, run = engine.StageProgram.forward, StepRunner.run
     now = 0
 
-    def counted(self: engine.Engine, number: int, *rest: Any, **options: Any) -> Any:
+    def counted(self: StepRunner, number: int, *rest: Any, **options: Any) -> Any:
         nonlocal now
         now = number + 1
-        outcome = train_step(self, number, *rest, **options)
+        outcome = run(self, number, *rest, **options)
         now = 0
         return outcome
 
     def faulty(self: engine.StageProgram, *rest: Any, **options: Any) -> Any:
         report = forward(self, *rest, **options)
-        if now != step or dist.get_rank() != rank:
+        lasting = kind == "spikes" and now >= step
+        if not (now == step or lasting) or dist.get_rank() != rank:
             return report
         if kind == "raise":
             raise ValueError("an injected fault")
@@ -39,11 +41,11 @@ def infect(kind: str, rank: int, step: int) -> None:
             report.loss = report.loss * float("nan")
         elif kind == "nan-gradient":
             report.loss.register_hook(lambda gradient: gradient * float("nan"))
-        elif kind == "spike":
+        elif kind in ("spike", "spikes"):
             report.loss = report.loss * 100
         return report
 
-    engine.Engine._step = counted  # type: ignore[method-assign]
+    StepRunner.run = counted  # type: ignore[method-assign]
     engine.StageProgram.forward = faulty  # type: ignore[method-assign]
 
 

@@ -146,3 +146,15 @@ def test_spike_is_rolled_back_and_its_batches_left_out(new_jobs: NewJobs) -> Non
     assert [one["step"] for one in skipped] == [26, 27]
     assert all(one["reason"].startswith("spike in step 28") for one in skipped)
     assert [row["step"] for row in jobs.history(STAGE)] == list(range(1, 41))
+
+
+def test_rollbacks_come_to_an_end(new_jobs: NewJobs) -> None:
+    """The loss stays high from step 28 on: what was left out stays left out, and the budget is kept."""
+    guard = "training.spike_guard={window: 20, skip: 1, factor: 20, rollbacks: 2}"
+    jobs = new_sft(new_jobs, guard, "training.checkpoints.every=5", "stages.sft.global_batch_size=4")
+    done = run_faulty(jobs, "spikes", rank=1, step=28)
+    assert done.returncode == 1
+    assert "back to step 25, on without steps [28]" in done.stderr
+    assert "back to step 25, on without steps [29]" in done.stderr
+    assert "step 30: the loss is" in error_of(done)
+    assert "2 rollbacks did not help" in error_of(done)

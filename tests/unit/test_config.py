@@ -274,7 +274,20 @@ def test_the_best_checkpoint_by_a_metric_that_is_never_measured_is_refused_with_
     assert "checkpoints.best.metric 'validation_accuracy' is never measured: set evaluate_every" in message
     assert "'validation_loss' is never measured" in runs.problem("training.checkpoints.best={}"), "the default metric"
     assert runs.load(best, "training.evaluate_every=5").training.evaluate_every == 5
-    assert runs.load("training.checkpoints.best.metric=loss").training.evaluate_every is None
+    assert "best.metric" in runs.problem("training.checkpoints.best.metric=loss"), "of other rows at each step"
+
+
+def test_a_rollback_must_find_a_checkpoint(runs: Runs) -> None:
+    guard = "training.spike_guard={skip: 3}"
+    assert "raise checkpoints.keep" in runs.problem(guard, "training.checkpoints={every: 50, keep: 1}")
+    assert "raise checkpoints.keep" in runs.problem(guard, "training.checkpoints={every: 2, keep: 2}")
+    assert runs.load(guard, "training.checkpoints={every: 3, keep: 2}").training.spike_guard is not None
+
+
+@pytest.mark.parametrize("guard", ["skipped_batches=1", "spike_guard={}"])
+def test_offload_cannot_leave_out_updates(runs: Runs, guard: str) -> None:
+    message = runs.problem(f"training.{guard}", "training.offload=optimizer", "training.zero_stage=1")
+    assert "no skipped_batches, no spike_guard" in message
 
 
 def test_a_decay_that_begins_before_the_warmup_ends_is_refused(runs: Runs) -> None:

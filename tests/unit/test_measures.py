@@ -12,7 +12,7 @@ import torch
 
 from rxt_platform.config.training import ProfileConfig
 from rxt_platform.training import measures
-from rxt_platform.training.measures import PARTS, Meter, Profiler, Spans, StepClock, peak_flops
+from rxt_platform.training.measures import PARTS, Meter, Parts, Profiler, Spans, StepClock, peak_flops
 from rxt_platform.training.watch import Watch
 
 CPU = torch.device("cpu")
@@ -34,6 +34,14 @@ def now(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return clock
 
 
+def timed(**seconds: float) -> Parts:
+    """A step whose parts took so long."""
+    parts = Parts()
+    for name, value in seconds.items():
+        parts.add(name, 0.0, value)
+    return parts
+
+
 # ---- where a step's time goes
 
 
@@ -43,15 +51,15 @@ def test_a_part_takes_as_long_as_its_blocks_together(watch: Watch, now: SimpleNa
         with clock.part(name):
             now.seconds += seconds
         now.seconds += 0.5  # belongs to no part
-    assert clock.take() == {**dict.fromkeys(PARTS, 0.0), "data": 1.0, "forward": 10.0, "backward": 4.0}
+    assert clock.take().seconds() == {**dict.fromkeys(PARTS, 0.0), "data": 1.0, "forward": 10.0, "backward": 4.0}
 
 
 def test_a_step_begins_with_no_time_spent(watch: Watch) -> None:
     clock = StepClock(CPU, watch)
     with clock.part("evaluation"):
         time.sleep(0.01)
-    assert clock.take()["evaluation"] >= 0.01
-    assert clock.take() == dict.fromkeys(PARTS, 0.0), "an evaluation is no part of most steps"
+    assert clock.take().seconds()["evaluation"] >= 0.01
+    assert clock.take().seconds() == dict.fromkeys(PARTS, 0.0), "an evaluation is no part of most steps"
 
 
 def test_a_failure_leaves_the_name_of_its_part_behind(watch: Watch) -> None:
@@ -69,13 +77,13 @@ def test_a_failure_leaves_the_name_of_its_part_behind(watch: Watch) -> None:
 def test_spans_are_a_json_line_a_step_and_a_resumed_job_adds_to_them(tmp_path: Path) -> None:
     path = tmp_path / "spans" / "rank-00003.jsonl"
     first = Spans(path, 3, "first")
-    first.add(1, 1000.25, {"data": 0.1234567, "forward": 2.0}, 640)
-    first.add(2, 1003.0, {"data": 0.0}, 0, rows=[7, 4])
+    first.add(1, 1000.25, timed(data=0.1234567, forward=2.0), 640)
+    first.add(2, 1003.0, timed(), 0, rows=[7, 4])
     assert not path.exists(), "written in blocks"
     first.flush()
     first.flush()
     again = Spans(path, 3, "second")
-    again.add(2, 2000.0, {}, 64, rows=())
+    again.add(2, 2000.0, timed(), 64, rows=())
     again.flush()
     one, two, three = (json.loads(line) for line in path.read_text().splitlines())
     assert one == {
@@ -84,7 +92,7 @@ def test_spans_are_a_json_line_a_step_and_a_resumed_job_adds_to_them(tmp_path: P
         "step": 1,
         "start": 1000.25,
         "tokens": 640,
-        "seconds": {"data": 0.123457, "forward": 2.0},
+        "seconds": {**dict.fromkeys(PARTS, 0.0), "data": 0.123457, "forward": 2.0},
     }
     assert (two["attempt"], two["step"], two["rows"]) == ("first", 2, [7, 4])
     assert (three["attempt"], three["step"], three["rows"]) == ("second", 2, [])
@@ -97,11 +105,11 @@ def test_metrics_are_means_over_the_steps_that_updated_and_rates_are_over_all_ti
     meter = Meter(1e3, CPU)
     for loss, seconds in ((2.0, 1.0), (4.0, 3.0)):
         meter.add({"loss": loss}, tokens=100, flops=900)
-        meter.add_time({"data": 0.5, "forward": seconds})
+        meter.add_time(timed(data=0.5, forward=seconds))
         now.seconds += seconds
     meter.add_skipped()
-    meter.add_time({"data": 0.5, "forward": 2.0})
-    now.seconds += 2.0
+    meter.add_time(timed(data=0.5, forward=2.0, evaluation=10.0))
+    now.seconds += 12.0  # an evaluation does not count
     found = meter.take()
     assert found.pop("peak_memory_bytes") > 1e7
     assert found == pytest.approx(
@@ -109,6 +117,10 @@ def test_metrics_are_means_over_the_steps_that_updated_and_rates_are_over_all_ti
             "loss": 3.0,
             "data_seconds": 0.5,
             "forward_seconds": 2.0,
+            "backward_seconds": 0.0,
+            "optimizer_seconds": 0.0,
+            "checkpoint_seconds": 0.0,
+            "evaluation_seconds": 10 / 3,
             "step_seconds": 2.0,
             "tokens_per_second": 200 / 6,
             "utilisation": 1800 / 6 / 1e3,
@@ -119,7 +131,7 @@ def test_metrics_are_means_over_the_steps_that_updated_and_rates_are_over_all_ti
 def test_a_meter_begins_anew_after_each_log(now: SimpleNamespace) -> None:
     meter = Meter(1e3, CPU)
     meter.add({"loss": 9.0}, tokens=1000, flops=1000)
-    meter.add_time({"forward": 9.0})
+    meter.add_time(timed(forward=9.0))
     now.seconds += 1000
     meter.take()
     meter.add({"loss": 1.0}, tokens=10, flops=500)
