@@ -136,7 +136,7 @@ def check_log(log: str, checkpoint: Path, before: tuple[int, int], now: tuple[in
 @pytest.mark.parametrize(
     ("precision", "ways", "tolerance"),
     [
-        ("fp32", [(2, 2), (1, 1), (2, 3), (1, 0), (2, 1)], 1e-5),
+        ("fp32", [(2, 2), (1, 1), (2, 3), (1, 0)], 1e-5),
         ("bf16", [(2, 2), (1, 0), (2, 3)], 2e-3),
     ],
 )
@@ -165,13 +165,9 @@ def test_any_number_of_workers_and_zero_stage_goes_on_from_any_other(
             assert row["loss"] == pytest.approx(other["loss"], abs=tolerance), (ways[number], row["step"])
 
 
-@pytest.mark.parametrize(("zero_stage", "precision"), [(1, "bf16"), (3, "fp32")])
-def test_going_back_in_the_middle_is_like_starting_there(
-    every_step: Jobs, tmp_path: Path, zero_stage: int, precision: str
-) -> None:
-    """After a spike the engine is not new: DeepSpeed holds weights in other places too, whole ones under ZeRO-3."""
-    settings: dict[str, Any] = {"zero_stage": zero_stage, "precision": precision}
-    jobs = interrupted(every_step, tmp_path, [3], **settings, checkpoints={"every": 100})
+def test_going_back_in_the_middle_is_like_starting_there(every_step: Jobs, tmp_path: Path) -> None:
+    """After a spike the engine is not new. Under ZeRO-3 every rank then holds small weights whole, beside its share."""
+    jobs = interrupted(every_step, tmp_path, [3], zero_stage=3, checkpoints={"every": 100})
     *command, job = jobs.command(STAGE, workers=2)
     script = [str(ROOT / "tests/dist/gone_back.py"), job]
     done = subprocess.run(
@@ -520,8 +516,8 @@ def test_the_last_ones_and_the_best_one_are_kept(every_step: Jobs, tmp_path: Pat
 
 
 def test_a_lost_disk_goes_on_from_the_uploaded_checkpoint(every_step: Jobs, tmp_path: Path) -> None:
-    remote = tmp_path / "remote"
-    jobs = changed(every_step, tmp_path, checkpoints={"every": 3, "keep": 1, "upload": f"file://{remote}"})
+    remote = tmp_path / "remote/work"  # named like the job's work folder
+    jobs = changed(every_step, tmp_path, checkpoints={"every": 3, "keep": 1, "upload": f"file://{remote.parent}"})
     with started(jobs) as process:
         wait_until(lambda: (remote / folder_name(6) / MANIFEST).exists(), process)
         process.kill()
@@ -535,18 +531,18 @@ def test_a_lost_disk_goes_on_from_the_uploaded_checkpoint(every_step: Jobs, tmp_
 
 
 def test_a_damaged_uploaded_checkpoint_is_an_error_that_names_it(every_step: Jobs, tmp_path: Path) -> None:
-    remote = tmp_path / "remote"
+    remote = tmp_path / "remote/work"  # named like the job's work folder
     shutil.copytree(checkpoints_of(every_step) / folder_name(3), remote / folder_name(3))
     altered(remote / folder_name(3) / "state.json", lambda content: content.replace(b'"step": 3', b'"step": 4'))
-    jobs = changed(every_step, tmp_path, checkpoints={"upload": f"file://{remote}"})
+    jobs = changed(every_step, tmp_path, checkpoints={"upload": f"file://{remote.parent}"})
     assert f"file://{remote}/{folder_name(3)}/state.json: sha256 " in refused(jobs)
 
 
 def test_an_upload_that_fails_does_not_stop_training(every_step: Jobs, tmp_path: Path) -> None:
-    remote = tmp_path / "remote"
-    remote.mkdir()
+    remote = tmp_path / "remote/work"  # named like the job's work folder
+    remote.mkdir(parents=True)
     (remote / folder_name(3)).write_text("a file where the folder should be")
-    jobs = changed(every_step, tmp_path, checkpoints={"every": 3, "upload": f"file://{remote}"})
+    jobs = changed(every_step, tmp_path, checkpoints={"every": 3, "upload": f"file://{remote.parent}"})
     log = finish(jobs)
     at = checkpoints_of(jobs)
     assert f"{at / folder_name(3)} was not copied to file://{remote}; training goes on" in log

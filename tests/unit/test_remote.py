@@ -173,6 +173,17 @@ def test_only_committed_directories_with_the_prefix_are_named(bucket: Bucket, tm
     assert remote.complete("step-") == ["step-00000003"]
 
 
+def test_folders_below_one_uri_are_apart(bucket: Bucket, tmp_path: Path) -> None:
+    """Stages and runs share an upload's URI, and each has a `step-00000003`."""
+    one, other = RemoteFolder(bucket.uri, "sft-1"), RemoteFolder(bucket.uri, "sft-2")
+    one.upload(committed(tmp_path / "here", "step-00000003", a="one"))
+    assert (one.complete(), other.complete(), RemoteFolder(bucket.uri).complete()) == (["step-00000003"], [], [])
+    other.upload(committed(tmp_path / "here", "step-00000003", a="two"))
+    one.remove("step-00000003")
+    assert bucket.files() == [f"sft-2/step-00000003/{name}" for name in ("a", MANIFEST)]
+    assert other.uri.endswith("/sft-2")
+
+
 def test_removed_is_only_what_was_named(bucket: Bucket, tmp_path: Path) -> None:
     remote = RemoteFolder(bucket.uri)
     for name in ("step-00000003", "step-00000006"):

@@ -1,5 +1,6 @@
 """How checkpoints are written, with the ranks as threads of this process: whole or absent, and nobody waits in vain."""
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -260,6 +261,19 @@ def test_an_attempt_that_was_replaced_writes_no_more(start: Start) -> None:
     assert names(ranks.directory) == [3]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_numbers_that_are_not_finite_are_not_written(start: Start, kind: str) -> None:
+    ranks = start(2)
+    ranks.save(3)
+    ranks.wait()
+    ranks.held[1].kinds[kind][7] = math.inf
+    ranks.save(6)
+    before = f"The checkpoint before, {ranks.directory}/step-00000003, is whole"
+    with pytest.raises(ArtifactError, match=f"step-00000006: not written: .* are not finite. {before}"):
+        ranks.writers[0].wait()
+    assert names(ranks.directory) == [3]
+
+
 def test_the_policy_is_kept_while_training_goes_on(start: Start) -> None:
     ranks = start(2, keep=2)
     for step in (3, 6, 9):
@@ -288,6 +302,7 @@ def gated(start: Start, tmp_path: Path) -> Iterator[tuple[Ranks, Gate]]:
     """A job of one rank that keeps one checkpoint here and copies to a slow place."""
     ranks = start(1, keep=1)
     gate = Gate(f"file://{tmp_path}/remote")
+    ranks.writers[0].remote = gate
     ranks.writers[0]._uploads = Uploads(gate, ranks.writers[0].settings.config)
     yield ranks, gate
     gate.open.set()
@@ -320,6 +335,23 @@ def test_the_remote_keeps_what_is_kept_here_and_what_is_not_ours(gated: tuple[Ra
         ranks.wait()
         until(lambda: folder_name(step) in gate.uploaded and uploads.skip_waiting() is None)  # noqa: B023
     assert gate.complete() == ["a-model", "step-00000006"]
+
+
+def test_going_back_removes_what_is_newer_here_and_there(start: Start, tmp_path: Path) -> None:
+    """Else the next start would go on from a step of the way that was given up."""
+    ranks = start(1, keep=9, upload=f"file://{tmp_path}/remote")
+    (writer,) = ranks.writers
+    assert writer.remote is not None
+    assert writer._uploads is not None
+    for step in (3, 6, 9):
+        ranks.save(step)
+        ranks.wait()
+        writer._uploads.finish()
+    assert writer.remote.complete() == [folder_name(step) for step in (3, 6, 9)]
+    assert writer.told_of_copies() == f"; step-00000009 is in {writer.remote.uri}"
+    writer.forget_after(ranks.directory / folder_name(3))
+    assert names(ranks.directory) == [3]
+    assert writer.remote.complete() == [folder_name(3)]
 
 
 def test_a_failed_upload_is_said_and_the_next_one_tried(
