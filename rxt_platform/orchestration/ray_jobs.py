@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
+_TOLD_BY_WORKERS = 15.0  # seconds
+
 # Set before ray is imported: a quick health check ends a finished training group in one second instead of five.
 _DRIVER_ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
@@ -88,8 +90,9 @@ def train(job: StageJob, resources: ResourcesConfig, stopper: Stopper | None = N
     stop = job.work / STOP
     stop.unlink(missing_ok=True)
     job.work.mkdir(parents=True, exist_ok=True)
-    # Ray asks every worker how it is; one that says nothing for so long (stopped, swapped out) is taken for lost.
-    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(job.training.hang_seconds)
+    # Ray asks every worker how it is; one that says nothing (stopped, swapped out) is taken for lost, but only after
+    # the workers that wait for it have had the time to say so by name.
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(job.training.hang_seconds + _TOLD_BY_WORKERS)
     running: Future[dict[str, Any]] = Future()
 
     def fit() -> None:
