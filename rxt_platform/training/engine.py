@@ -224,7 +224,7 @@ class Engine:
                 seconds=state.seconds + time.monotonic() - began,
                 world_size=self.world,
                 zero_stage=training.zero_stage,
-                metrics=metrics,
+                metrics=dict(metrics),  # the writer's thread reads it later
                 updates=updates,
                 skipped=list(skipped),
                 recent=guard.recent,

@@ -45,7 +45,7 @@ class Outcome:
     rows: list[int] = field(default_factory=list)  # that this rank trained on
     norms: Metrics = field(default_factory=dict)  # of each component's gradient, where asked for
     skipped: str | None = None
-    wishes: "Wishes" = field(default_factory=lambda: Wishes())
+    wishes: Wishes = Wishes()
 
 
 class StepRunner:
