@@ -3,32 +3,24 @@
 import json
 import signal
 import subprocess
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 
 from rxt_platform.orchestration.plan import build_plan
+from rxt_platform.training.checkpoints import checkpoints_in
+from rxt_platform.training.job import STOP
+from tests.chaos.freezing import freeze, thaw, wait_for
 from tests.support import driver_command, environment, read_report, run_driver, small_run, weights_of
 
 pytestmark = pytest.mark.chaos
 
 
-def wait_for(condition: Callable[[], bool], what: str, seconds: float = 120) -> None:
-    """Poll until something holds; the deadline names what was waited for."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
-        time.sleep(0.01)
-
-
-def logged_steps(storage: Path, stage: str) -> int:
-    """Steps that the stage has logged."""
+def work_of(storage: Path, stage: str) -> Path:
+    """The work folder of a stage of the small pipeline."""
     (step,) = (step for step in build_plan(small_run(storage)) if step.name == stage)
-    path = step.work / "metrics.jsonl"
-    return path.read_text().count("\n") if path.exists() else 0
+    return step.work
 
 
 def start_driver(storage: Path) -> subprocess.Popen[str]:
@@ -46,11 +38,14 @@ def start_driver(storage: Path) -> subprocess.Popen[str]:
 def test_killed_driver_then_the_same_command(finished_pipeline: Path, tmp_path: Path) -> None:
     """SIGKILL in stage 3: finished steps are reused, stage 3 resumes, the weights equal an uninterrupted run's."""
     driver = start_driver(tmp_path)
-    wait_for(lambda: logged_steps(tmp_path, "memory_pretraining") >= 5, "step 5 of stage 3", 240)
+    workers = freeze(work_of(tmp_path, "memory_pretraining"))
     children = psutil.Process(driver.pid).children(recursive=True)
-    assert children
+    assert {worker.pid for worker in workers} < {child.pid for child in children}
+    raylet = next(child for child in children if child.name() == "raylet")
     driver.send_signal(signal.SIGKILL)
     driver.communicate()
+    wait_for(lambda: not is_alive(raylet), "the raylet to end", 90)
+    thaw(workers)
     # Ray's agents look for their raylet once a minute.
     wait_for(lambda: not any(is_alive(child) for child in children), "Ray's processes to end", 90)
     done = run_driver(tmp_path)
@@ -72,14 +67,10 @@ def test_killed_driver_then_the_same_command(finished_pipeline: Path, tmp_path: 
 
 def test_killed_worker_is_replaced_and_the_result_is_the_same(finished_pipeline: Path, tmp_path: Path) -> None:
     driver = start_driver(tmp_path)
-    wait_for(lambda: logged_steps(tmp_path, "pretraining") >= 5, "step 5 of stage 1", 240)
-    workers = [
-        child
-        for child in psutil.Process(driver.pid).children(recursive=True)
-        if "RayTrainWorker" in " ".join(child.cmdline())
-    ]
+    workers = freeze(work_of(tmp_path, "pretraining"))
     assert len(workers) == 2
     workers[1].send_signal(signal.SIGKILL)
+    thaw(workers[:1])
     out, err = driver.communicate(timeout=300)
     assert driver.returncode == 0, out[-2000:] + err[-2000:]
     report = read_report(tmp_path)
@@ -92,14 +83,16 @@ def test_killed_worker_is_replaced_and_the_result_is_the_same(finished_pipeline:
 def test_stopped_driver_leaves_a_checkpoint(finished_pipeline: Path, tmp_path: Path) -> None:
     """SIGTERM in stage 2: exit status 3 after a checkpoint of that very step; the same command goes on from it."""
     driver = start_driver(tmp_path)
-    wait_for(lambda: logged_steps(tmp_path, "sft") >= 4, "step 4 of stage 2", 240)
+    work = work_of(tmp_path, "sft")
+    workers = freeze(work)
     driver.send_signal(signal.SIGTERM)
+    wait_for((work / STOP).exists, "the driver to pass it on", 30)
+    thaw(workers)
     out, err = driver.communicate(timeout=120)
     assert driver.returncode == 3, out[-2000:] + err[-2000:]
     assert "stopped: sft-" in err
     assert "the same command goes on from there" in err
-    (step,) = (step for step in build_plan(small_run(tmp_path)) if step.name == "sft")
-    newest = sorted((step.work / "checkpoints").glob("step-*"))[-1]
+    newest = checkpoints_in(work / "checkpoints")[-1]
     assert f"stopped as asked after step {int(newest.name[5:])} of 10" in err
     done = run_driver(tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]

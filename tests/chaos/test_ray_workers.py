@@ -1,7 +1,6 @@
 """Faults of workers, nodes and drivers of a Ray Train job: it resumes, or ends with one error that says whose fault."""
 
 import json
-import signal
 import subprocess
 import threading
 import time
@@ -17,6 +16,7 @@ from rxt_platform.errors import TrainingError
 from rxt_platform.orchestration import ray_jobs
 from rxt_platform.training.job import StageJob
 from tests.chaos.faulty import infect
+from tests.chaos.freezing import freeze, thaw, wait_for
 from tests.support import BIN, Jobs, environment, make_jobs
 
 pytestmark = pytest.mark.chaos
@@ -25,24 +25,10 @@ STAGE = "sft"
 NewJobs = Callable[..., Jobs]
 
 
-def wait_for(condition: Callable[[], object], what: str, seconds: float = 120) -> None:
-    """Poll until something holds; the deadline names what was waited for."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
-        time.sleep(0.005)
-
-
-def train_workers(root: psutil.Process) -> list[psutil.Process]:
-    """Ray Train's workers below a process."""
-    found = []
-    for child in root.children(recursive=True):
-        try:
-            if "RayTrainWorker" in " ".join(child.cmdline()):
-                found.append(child)
-        except psutil.Error:
-            continue
-    return found
+def node_of(worker: psutil.Process, nodes: list[Any]) -> Any:
+    """The node whose raylet has started a worker."""
+    above = {parent.pid for parent in worker.parents()}
+    return next(node for node in nodes if node.all_processes["raylet"][0].process.pid in above)
 
 
 @pytest.fixture
@@ -76,12 +62,12 @@ def sft_job(new_jobs: NewJobs, straight_run: Jobs, *overrides: str) -> tuple[Job
     return jobs, job
 
 
-def at_step(jobs: Jobs, step: int, act: Callable[[], None]) -> threading.Thread:
-    """Does something as soon as a step is logged."""
+def with_workers_held(job: StageJob, act: Callable[[list[psutil.Process]], None]) -> threading.Thread:
+    """Does something to the workers, stopped after the first checkpoint; what is left of them then goes on."""
 
     def wait() -> None:
-        wait_for(lambda: len(jobs.history(STAGE)) >= step, f"step {step}", 240)
-        act()
+        workers = freeze(job.work)
+        act(workers)
 
     thread = threading.Thread(target=wait, daemon=True)
     thread.start()
@@ -100,11 +86,11 @@ def test_stopped_worker_is_replaced(new_jobs: NewJobs, straight_run: Jobs, clust
     resources = jobs.config.resources
     stopped: list[psutil.Process] = []
 
-    def stop() -> None:
-        stopped.append(train_workers(psutil.Process())[1])
-        stopped[0].send_signal(signal.SIGSTOP)
+    def stop(workers: list[psutil.Process]) -> None:
+        thaw(workers[:1])
+        stopped.append(workers[1])
 
-    thread = at_step(jobs, 4, stop)
+    thread = with_workers_held(job, stop)
     started = time.monotonic()
     ray_jobs.train(job, resources)
     thread.join(timeout=5)
@@ -125,12 +111,11 @@ def test_killed_node_is_survived(new_jobs: NewJobs, straight_run: Jobs, cluster:
     made, nodes = cluster
     jobs, job = sft_job(new_jobs, straight_run)
 
-    def kill() -> None:
-        raylets = {node: psutil.Process(node.all_processes["raylet"][0].process.pid) for node in nodes}
-        busy = next(node for node, raylet in raylets.items() if train_workers(raylet))
-        made.remove_node(busy, allow_graceful=False)
+    def kill(workers: list[psutil.Process]) -> None:
+        made.remove_node(node_of(workers[1], nodes), allow_graceful=False)
+        thaw(workers)
 
-    thread = at_step(jobs, 4, kill)
+    thread = with_workers_held(job, kill)
     metrics = ray_jobs.train(job, jobs.config.resources)
     thread.join(timeout=5)
     assert metrics["resumed_from_step"] >= 3
@@ -161,13 +146,15 @@ def test_node_that_is_taken_away_is_left_with_a_checkpoint(
     jobs, job = sft_job(new_jobs, straight_run, "stages.sft.epochs=100", "training.checkpoints.every=400")
 
     def drain() -> None:
-        raylets = {node: psutil.Process(node.all_processes["raylet"][0].process.pid) for node in nodes}
-        busy = next(node for node, raylet in raylets.items() if train_workers(raylet))
+        wait_for(lambda: len(jobs.history(STAGE)) >= 20, "step 20", 240)
+        (worker, _) = sorted((job.work / "workers").glob("rank-*.json"))
+        busy = node_of(psutil.Process(json.loads(worker.read_text())["pid"]), nodes)
         command = [str(BIN / "ray"), "drain-node", "--address", made.address, "--node-id", busy.node_id]
         why = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "test", "--deadline-remaining-seconds"]
         subprocess.run([*command, *why, "5"], env=environment(), check=True, capture_output=True, timeout=60)
 
-    thread = at_step(jobs, 20, drain)
+    thread = threading.Thread(target=drain, daemon=True)
+    thread.start()
     metrics = ray_jobs.train(job, jobs.config.resources)
     thread.join(timeout=5)
     assert metrics["resumed_from_step"] > 0

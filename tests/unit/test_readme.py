@@ -19,7 +19,7 @@ RUN_BY = {
     ".venv/bin/rxt run pipelines/configs/tinystories.yaml": "dist/test_real_data.py",
     ".venv/bin/rxt eval": "dist/test_pipeline.py::test_eval_measures_any_conversation_file",
     ".venv/bin/rxt models": "dist/test_pipeline.py::test_models_lists_exact_counts",
-    ".venv/bin/rxt data": "unit/test_data_commands.py",
+    ".venv/bin/rxt data": "unit/test_data_inspect.py, unit/test_data_validate.py, unit/test_data_build.py",
     ".venv/bin/mlflow ui": "dist/test_cluster.py::test_mlflow_page_opens_on_a_run",
     "ray start": "dist/test_cluster.py::test_quickstart_as_a_ray_job_ends_with_a_memory_that_works",
     "ray job submit": "dist/test_cluster.py::test_quickstart_as_a_ray_job_ends_with_a_memory_that_works",
