@@ -42,6 +42,8 @@ def connect(resources: ResourcesConfig) -> bool:
         # On loopback no token is needed, and an unset mode would write one into the user's home. A cluster that is
         # joined says itself what it asks for.
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        # Of a Ray of its own, no node is taken away: without the actor that would look for it, more CPU is left.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     import ray
 
     if ray.is_initialized():
