@@ -63,7 +63,7 @@ def sft_job(new_jobs: NewJobs, straight_run: Jobs, *overrides: str) -> tuple[Job
 
 
 def with_workers_held(job: StageJob, act: Callable[[list[psutil.Process]], None]) -> threading.Thread:
-    """Does something to the workers, stopped after the first checkpoint; what is left of them then goes on."""
+    """Does something with the workers, which are held still from the first checkpoint on."""
 
     def wait() -> None:
         workers = freeze(job.work)
@@ -107,13 +107,14 @@ def test_stopped_worker_is_replaced(new_jobs: NewJobs, straight_run: Jobs, clust
 
 
 def test_killed_node_is_survived(new_jobs: NewJobs, straight_run: Jobs, cluster: Any, straight_pair: str) -> None:
-    """A raylet with a worker is killed: the rest of the cluster goes on from the newest checkpoint."""
+    """A raylet and its worker are killed at once: the rest of the cluster goes on from the newest checkpoint."""
     made, nodes = cluster
     jobs, job = sft_job(new_jobs, straight_run)
 
     def kill(workers: list[psutil.Process]) -> None:
         made.remove_node(node_of(workers[1], nodes), allow_graceful=False)
-        thaw(workers)
+        workers[1].kill()
+        thaw(workers[:1])
 
     thread = with_workers_held(job, kill)
     metrics = ray_jobs.train(job, jobs.config.resources)
