@@ -2,7 +2,7 @@
 
     python benchmarks/ray_overhead.py [--repeats 3] [--workers 2]
 
-The quickstart's memory-aware stage, 100 steps, from random weights; arms alternate: `plain` is `python -m
+The quickstart's memory-aware stage, about 110 steps, from random weights; arms alternate: `plain` is `python -m
 rxt_platform.training` (torchrun where there are two workers), `ray` the same job through `ray_jobs.train` with the
 driver following its metrics and writing them to MLflow, as `rxt run` does. Seconds of a step are the median over the
 steps of the run; start-up is what the rest took.
