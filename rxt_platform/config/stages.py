@@ -60,7 +60,11 @@ class StageBase(Spec):
 class JointLossConfig(Spec):
     """Decoder and masked encoder trained together; the decoder reads the encoder's states as memory (REF 3.1)."""
 
-    mask_probability: Share = Field(0.15, description="share of the encoder's tokens replaced by [MASK]")
+    mask_probability: Share = Field(0.15, description="share of the encoder's tokens that it must guess")
+    mask_random: Share = Field(
+        0.0, description="share of these that are shown as another token instead of [MASK]; 0.1 in BERT's 80/10/10"
+    )
+    mask_kept: Share = Field(0.0, description="share of these that are shown as they are; 0.1 in BERT's 80/10/10")
     memory_noise: float = Field(0.0, ge=0, description="standard deviation of the noise on the states read as memory")
     memory_dropout: Share = Field(0.0, description="share of memory positions that the decoder may not read")
     decoder_only: Share = Field(
@@ -69,6 +73,12 @@ class JointLossConfig(Spec):
     encoder_weight: float = Field(1.0, ge=0)
     decoder_weight: float = Field(1.0, ge=0)
     balance_weight: float = Field(0.01, ge=0, description="weight of the experts' load balance")
+
+    @model_validator(mode="after")
+    def _shares_are_of_one_whole(self) -> Self:
+        if self.mask_random + self.mask_kept > 1:
+            raise ValueError(f"mask_random {self.mask_random:g} and mask_kept {self.mask_kept:g} are more than 1")
+        return self
 
 
 class JointPretrainingConfig(StageBase):

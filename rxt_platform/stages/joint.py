@@ -14,7 +14,7 @@ from torch import Tensor
 from rxt_platform.config.stages import Component, InteractionSFTConfig, JointLossConfig, JointPretrainingConfig
 from rxt_platform.data.batches import Batch
 from rxt_platform.data.sampler import BatchSampler
-from rxt_platform.data.tokenizer import MASK
+from rxt_platform.data.tokenizer import MASK, SPECIAL_TOKENS
 from rxt_platform.model.documents import Documents
 from rxt_platform.model.flops import ForwardFlops
 from rxt_platform.model.loss import target_loss
@@ -66,7 +66,7 @@ class JointStage:
         documents = None
         if batch.documents is not None:
             documents = Documents.of(batch.documents, batch.most_documents)
-        encoded = model.encode(ids.masked_fill(hidden, MASK), mask, documents)
+        encoded = model.encode(self._masked(ids, hidden, batch, model.config.vocab_size), mask, documents)
         masked, _ = model.mlm_head(encoded[-1][hidden], ids[hidden])
         masked_loss = masked / max(batch.total_hidden, 1)
 
@@ -85,6 +85,22 @@ class JointStage:
             accuracy=correct / batch.total_targets,
             balance=balance,
         ).using(decoded.usage)
+
+    def _masked(self, ids: Tensor, hidden: Tensor, batch: Batch, vocab_size: int) -> Tensor:
+        """What the encoder sees of ids [B, T]: `[MASK]` where `hidden`, or a random token, or the token itself.
+
+        The standard 80/10/10 is `mask_random` = `mask_kept` = 0.1 (arXiv:1810.04805, 3.1).
+        """
+        settings = self.config.loss
+        shown = torch.full_like(ids, MASK)
+        if settings.mask_random or settings.mask_kept:
+            draws = row_uniform(batch.seeds, (batch.longest, 2), 4, ids.device)[:, : ids.shape[1]]
+            kind, ordinary = draws[..., 0], vocab_size - len(SPECIAL_TOKENS)
+            other = len(SPECIAL_TOKENS) + (draws[..., 1] * ordinary).long().clamp(max=ordinary - 1)
+            shown = torch.where(kind < settings.mask_random, other, shown)
+            kept = (kind >= settings.mask_random) & (kind < settings.mask_random + settings.mask_kept)
+            shown = torch.where(kept, ids, shown)
+        return torch.where(hidden, shown, ids)
 
     def _memory(
         self,

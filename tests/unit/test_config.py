@@ -231,6 +231,7 @@ def test_a_missing_kind_is_named(runs: Runs) -> None:
         ("stages.joint.epochs=0", "stages.joint.epochs"),
         ("stages.joint.epochs=many", "stages.joint.epochs"),
         ("stages.joint.loss.mask_probability=1.5", "stages.joint.loss.mask_probability"),
+        ("stages.joint.loss={mask_random: 0.6, mask_kept: 0.5}", "mask_random 0.6 and mask_kept 0.5 are more than 1"),
         ("stages.memory.bptt_window=0", "stages.memory.bptt_window"),
         ("seed=-1", "seed"),
         ("training.precision=fp16", "training.precision"),

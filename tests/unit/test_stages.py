@@ -36,7 +36,8 @@ ROWS = {
     "memory_aware": TALKS,
 }
 KINDS = list(ROWS)
-_JOINT = {"loss": {"memory_noise": 0.1, "memory_dropout": 0.2, "decoder_only": 0.4, "mask_probability": 0.4}}
+_MASKING = {"mask_probability": 0.4, "mask_random": 0.3, "mask_kept": 0.2}
+_JOINT = {"loss": {"memory_noise": 0.1, "memory_dropout": 0.2, "decoder_only": 0.4, **_MASKING}}
 RANDOM: dict[str, dict[str, Any]] = {  # everything that draws random numbers switched on
     "joint_pretraining": _JOINT,
     "interaction_sft": _JOINT,
@@ -202,6 +203,23 @@ def test_the_decoder_reads_the_clean_text() -> None:
     stage, model = joint(decoder_only=1.0), tiny_model()
     plain, hidden = (loss_of(stage, model, batch_of(TEXTS, share)).metrics["loss"] for share in (0.0, 0.5))
     assert float(hidden) == pytest.approx(float(plain), abs=1e-6)
+
+
+def test_hidden_tokens_are_shown_as_mask_as_another_or_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """BERT's way, in the shares that are asked for; the others are always shown as they are."""
+    stage, model = joint(TEXTS * 40, mask_probability=0.5, mask_random=0.1, mask_kept=0.1), tiny_model()
+    batch, shown = batch_of(TEXTS * 40, 0.5), list[Tensor]()
+    encode = model.encode
+    monkeypatch.setattr(model, "encode", lambda ids, *rest: shown.append(ids) or encode(ids, *rest))
+    loss_of(stage, model, batch)
+    (seen,), ids, hidden = shown, batch.ids[:, 0], batch.hidden[:, 0]
+    assert torch.equal(seen[~hidden], ids[~hidden])
+    masked, same = seen[hidden] == 4, seen[hidden] == ids[hidden]  # 4 is [MASK]
+    assert float(masked.float().mean()) == pytest.approx(0.8, abs=0.04)
+    assert float(same.float().mean()) == pytest.approx(0.1, abs=0.04)
+    assert seen[hidden][~masked].min() >= FIRST_WORD, "never a special token"
+    others = seen[hidden][~masked & ~same]
+    assert len(others.unique()) > 20, "drawn from the whole vocabulary"
 
 
 def test_the_encoder_s_loss_is_over_the_hidden_tokens_only() -> None:
