@@ -13,6 +13,7 @@ Column = Literal[
     "query",
     "answer",
     "interactions",
+    "system",
     "internal",
     "tool_use",
     "think",

@@ -61,7 +61,7 @@ _INTERACTION = pa.struct(
     ]
 )
 _TEXTS = pa.schema([*_PLACE, ("text", pa.large_string())])
-_CONVERSATIONS = pa.schema([*_PLACE, ("interactions", pa.list_(_INTERACTION))])
+_CONVERSATIONS = pa.schema([*_PLACE, ("system", pa.string()), ("interactions", pa.list_(_INTERACTION))])
 
 
 @dataclass
@@ -144,6 +144,8 @@ def training_texts(directory: Path, most_bytes: int) -> Iterator[str]:
         taken = [i for i in range(len(groups)) if int((i + 1) * share) > int(i * share) or share == 1.0]
         for group in taken or range(min(1, len(groups))):
             for one in read_rows(directory, section, "train", range(group, group + 1)):
+                if isinstance(one.row, Conversation) and one.row.system:
+                    yield one.row.system
                 yield from row_texts(one.row)
 
 
@@ -157,7 +159,7 @@ def row_groups(directory: Path, section: Section, split: Split) -> list[int]:
 
 
 def row_texts(row: Row) -> Iterator[str]:
-    """Every text of a row: what tokenizer and leakage check read."""
+    """Every text of a row but a system prompt, which many rows may share: what tokenizer and leakage check read."""
     if isinstance(row, str):
         yield row
     elif isinstance(row, Conversation):
@@ -309,6 +311,7 @@ class _Writer:
         else:
             assert isinstance(placed.row, Conversation)
             value["interactions"] = [_interaction_value(turn) for turn in placed.row.interactions]
+            value["system"] = placed.row.system
         self._rows.append(value)
         self._bytes += sum(len(text) for text in row_texts(placed.row))
         if self._bytes >= _GROUP_BYTES or len(self._rows) >= _GROUP_ROWS:
@@ -335,7 +338,7 @@ def _interaction_value(turn: Interaction) -> dict[str, Any]:
 def _row_of(value: dict[str, Any]) -> Row:
     if "text" in value:
         return str(value["text"])
-    return Conversation(tuple(_interaction_of(turn) for turn in value["interactions"]))
+    return Conversation(tuple(_interaction_of(turn) for turn in value["interactions"]), value["system"])
 
 
 def _interaction_of(value: dict[str, Any]) -> Interaction:

@@ -11,6 +11,7 @@ from rxt_platform.data.rows import Conversation, Row, RowError
 from rxt_platform.data.tokenizer import (
     BOS,
     EOS,
+    INTERNAL,
     EncodedInteraction,
     RxtTokenizer,
     TooLongError,
@@ -24,7 +25,10 @@ Ids = Sequence[int] | np.ndarray
 
 @dataclass(frozen=True)
 class Example:
-    """One row as token ids: its turns (one for a text or a single interaction) and where each turn's targets start."""
+    """One row as token ids: its turns (one for a text or a single interaction) and where each turn's targets start.
+
+    A conversation with a system prompt opens with a turn that holds it and has no target.
+    """
 
     turns: tuple[Ids, ...]
     target_starts: tuple[int, ...]
@@ -41,9 +45,21 @@ class Example:
             sum(turn.query_cut for turn in interactions),
         )
 
+    @property
+    def opening(self) -> int:
+        """Turns before the first that is answered: 1 with a system prompt, else 0."""
+        return int(self.target_starts[0] >= len(self.turns[0]))
+
+    def without_opening(self) -> "Example":
+        """The example without its system prompt."""
+        return Example(self.turns[1:], self.target_starts[1:]) if self.opening else self
+
     def first_turns(self, turns: int | None) -> "Example":
-        """The example cut to its first `turns` turns."""
-        return self if turns is None else Example(self.turns[:turns], self.target_starts[:turns])
+        """The example cut to its first `turns` turns, a system prompt not counted."""
+        if turns is None:
+            return self
+        kept = turns + self.opening
+        return Example(self.turns[:kept], self.target_starts[:kept])
 
 
 class ExampleSet(Sequence[Example]):
@@ -90,6 +106,7 @@ class RowEncoder:
             if isinstance(row, str):
                 texts.append(row)
             elif isinstance(row, Conversation):
+                texts += [row.system] if row.system else []
                 texts += [text for turn in row.interactions for text in interaction_texts(turn)]
         encoded = iter(self.tokenizer.encode_all(texts))
         made: list[list[Example] | RowError] = []
@@ -98,12 +115,21 @@ class RowEncoder:
                 made.append(windows(next(encoded), self.max_length))
                 continue
             assert isinstance(row, Conversation)
+            system = next(encoded) if row.system else None
             ids = [[next(encoded) for _ in interaction_texts(turn)] for turn in row.interactions]
-            made.append(self._conversation(row, ids))
+            made.append(self._conversation(row, ids, system))
         return made
 
-    def _conversation(self, talk: Conversation, ids: list[list[list[int]]]) -> list[Example] | RowError:
+    def _conversation(
+        self, talk: Conversation, ids: list[list[list[int]]], system: list[int] | None
+    ) -> list[Example] | RowError:
         turns = []
+        if system is not None:
+            opening = (BOS, INTERNAL, *system, EOS)
+            if len(opening) > self.max_length and self.too_long != "truncate":
+                return RowError("system", f"too long: {len(opening)} tokens, the window is {self.max_length}")
+            kept = opening[: self.max_length]
+            turns.append(EncodedInteraction(kept, len(kept), truncated=len(opening) > len(kept)))
         for index, (turn, encoded) in enumerate(zip(talk.interactions, ids, strict=True)):
             where = f"turn {index + 1}: " if len(talk.interactions) > 1 else ""
             try:

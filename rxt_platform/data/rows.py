@@ -4,6 +4,7 @@
     interaction   {query, answer}
     conversation  {query, answer, interactions: [{query, answer}, ...]}    the first interaction is the row's own
                   {interactions: [{query, answer}, ...]}                   newer: the list holds every turn
+                  both may have {system}: a prompt that is in the memory before the first turn
     hybrid        an interaction, or a conversation of them, with {internal, query | tool_use, think, answer, tool_call}
     preference    {interactions: [{internal, query | tool_use, accepted, rejected, neutral}, ...]}, each of the three
                   {think, answer, tool_call}
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 RowKind = Literal["text", "interaction", "conversation", "hybrid", "preference"]
-ROW_VERSION = 1
+ROW_VERSION = 2
 """Raised by every change to a layout that is written."""
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\x80-\x84\x86-\x9f]")
@@ -78,9 +79,10 @@ class Interaction:
 
 @dataclass(frozen=True)
 class Conversation:
-    """Interactions in order; the memory carries from each one to the next."""
+    """Interactions in order; the memory carries from each one to the next, and holds `system` before the first."""
 
     interactions: tuple[Interaction, ...]
+    system: str | None = None
 
     def __post_init__(self) -> None:
         if not self.interactions:
@@ -184,7 +186,8 @@ def interaction_from_row(row: Any, column: str = "", hybrid: bool = False) -> In
 def conversation_to_row(conversation: Conversation) -> dict[str, Any]:
     """The published layout: the first interaction is the row's own query and answer, the others are listed."""
     first, *others = conversation.interactions
-    return {**interaction_to_row(first), "interactions": [interaction_to_row(other) for other in others]}
+    row = {**interaction_to_row(first), "interactions": [interaction_to_row(other) for other in others]}
+    return row if conversation.system is None else {"system": conversation.system, **row}
 
 
 def conversation_from_row(row: Any, hybrid: bool = False) -> Conversation:
@@ -209,7 +212,7 @@ def conversation_from_row(row: Any, hybrid: bool = False) -> Conversation:
             # Accepted silently, it would count as a memory failure although nothing was told.
             distance = interaction.recall.distance
             raise _bad("distance", columns[turn], f"{distance} turns back is before the conversation starts")
-    return Conversation(tuple(interactions))
+    return Conversation(tuple(interactions), _optional(row, "system", ""))
 
 
 def text_of(row: Mapping[str, Any], name: str, column: str) -> str:

@@ -29,7 +29,8 @@ class Sampling:
     """How rows become batches.
 
     `lessons` are (epochs, turns): conversations are cut to `turns` for that long, one lesson after the other.
-    `capacity` is a packed row's tokens, None without packing. `weights` are those of the sources, in their order.
+    `capacity` is a packed row's tokens, None without packing. Without `system_prompts` conversations begin with their
+    first turn. `weights` are those of the sources, in their order.
     """
 
     global_batch_size: int
@@ -38,6 +39,7 @@ class Sampling:
     mask_probability: float = 0.0
     lessons: Sequence[tuple[float, int]] = ()
     capacity: int | None = None
+    system_prompts: bool = True
     weights: Sequence[float] = ()
 
 
@@ -81,6 +83,8 @@ class BatchSampler:
             return collate(examples, seeds, rows, sampling.mask_probability, [len(group) for group in members])
         turns = self._turns_at(step)
         examples = [self.examples[row].first_turns(turns) for row in rows]
+        if not sampling.system_prompts:
+            examples = [example.without_opening() for example in examples]
         return collate(examples, seeds, rows, sampling.mask_probability)
 
     def forward_rows(self, rows: int, world: int, overhead: int) -> int:

@@ -308,7 +308,7 @@ def _is_held_out(row: Row, share: float) -> bool:
 
 
 def _shortened(row: Row | None, turns: int) -> Row | None:
-    return Conversation(row.interactions[:turns]) if isinstance(row, Conversation) else row
+    return replace(row, interactions=row.interactions[:turns]) if isinstance(row, Conversation) else row
 
 
 def _turn_by_turn(placed: PlacedRow) -> Iterator[PlacedRow]:

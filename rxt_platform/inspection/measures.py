@@ -275,6 +275,8 @@ def _measure(found: Inspection, rows: list[Row], tokenizer: RxtTokenizer | None)
             found.rows_over += _count(found, "text", [_sizes(row, next(tokens))], markers=2)
             continue
         over = 0
+        if isinstance(row, Conversation) and row.system:
+            over += _count(found, "system", [_sizes(row.system, next(tokens))], markers=3)
         for choice, turn in interactions_of(row):
             sizes = []
             for name, text in texts_of(turn):
@@ -293,7 +295,10 @@ def _measure(found: Inspection, rows: list[Row], tokenizer: RxtTokenizer | None)
 
 
 def _texts(row: Row) -> list[str]:
-    return [row] if isinstance(row, str) else [text for _, turn in interactions_of(row) for _, text in texts_of(turn)]
+    if isinstance(row, str):
+        return [row]
+    system = [row.system] if isinstance(row, Conversation) and row.system else []
+    return [*system, *(text for _, turn in interactions_of(row) for _, text in texts_of(turn))]
 
 
 def _sizes(text: str, tokens: int | None) -> dict[Unit, int]:

@@ -95,7 +95,8 @@ def lines_of(row: Row) -> list[Line]:
     if isinstance(row, str):
         return [Line("", row)]
     if isinstance(row, Conversation):
-        return [line for turn in row.interactions for line in _said(turn) + _replied(turn, "model")]
+        system = [Line("system", row.system)] if row.system else []
+        return [*system, *(line for turn in row.interactions for line in _said(turn) + _replied(turn, "model"))]
     assert isinstance(row, PreferenceEpisode)
     lines = []
     for turn in row.turns:

@@ -100,7 +100,7 @@ def test_hybrid_rows_come_back_with_all_their_parts(tmp_path: Path) -> None:
         {"internal": "Be short.", "query": "q", "think": "hm", "tool_call": "f()"},
         {"tool_use": "r", "answer": "a"},
     ]
-    put_rows(tmp_path, "rows.jsonl", [{"interactions": rows}])
+    put_rows(tmp_path, "rows.jsonl", [{"interactions": rows, "system": "You are Tom."}])
     put_rows(tmp_path, "held.jsonl", [talk_row(1, 2)])
     source = {"path": "rows.jsonl", "validation_path": "held.jsonl"}
     corpus_of(config_of(tmp_path, "conversations", source), tmp_path / "corpus")
@@ -109,10 +109,22 @@ def test_hybrid_rows_come_back_with_all_their_parts(tmp_path: Path) -> None:
         (
             Interaction("q", "", hybrid=True, internal="Be short.", think="hm", tool_call="f()"),
             Interaction("r", "a", hybrid=True, from_tool=True),
-        )
+        ),
+        system="You are Tom.",
     )
     learned = list(training_texts(tmp_path / "corpus", 2**20))
-    assert learned == ["Be short.", "q", "hm", "f()", "r", "a"]
+    assert learned == ["You are Tom.", "Be short.", "q", "hm", "f()", "r", "a"]
+
+
+def test_rows_that_share_a_system_prompt_do_not_repeat_each_other(tmp_path: Path) -> None:
+    """However long it is: a held-out conversation must not drop all training rows of the same assistant."""
+    rows = [{**talk_row(2 * i, 2 * i + 1), "system": LONG} for i in range(4)]
+    put_rows(tmp_path, "rows.jsonl", rows[1:])
+    put_rows(tmp_path, "held.jsonl", rows[:1])
+    source = {"path": "rows.jsonl", "validation_path": "held.jsonl"}
+    counts = corpus_of(config_of(tmp_path, "conversations", source), tmp_path / "corpus")
+    assert counts["duplicates"] == counts["near_duplicates"] == 0
+    assert len(kept_in(tmp_path / "corpus", "conversations")) == 3
 
 
 def test_several_sources_keep_their_order_numbers_and_counts(tmp_path: Path) -> None:

@@ -59,10 +59,12 @@ def test_lengths_are_exact_up_to_16384_and_nearly_so_beyond() -> None:
 
 def test_every_text_of_a_row_has_its_lengths(capsys: Capture, tmp_path: Path) -> None:
     hybrid = {"query": "one two", "think": "hm", "answer": "three", "tool_call": None, "internal": "be brief now"}
-    put_rows(tmp_path, "a.jsonl", [{"interactions": [hybrid, {"tool_use": "rain", "answer": "It rains."}]}])
+    turns = [hybrid, {"tool_use": "rain", "answer": "It rains."}]
+    put_rows(tmp_path, "a.jsonl", [{"system": "You are a cloud.", "interactions": turns}])
     (found,) = figures(capsys, "inspect", tmp_path / "a.jsonl")
     words = {name: [of["words"]["number"], of["words"]["mean"]] for name, of in found["lengths"].items()}
     assert words == {
+        "system": [1, 4],
         "internal": [1, 3],
         "query": [1, 2],
         "think": [1, 1],

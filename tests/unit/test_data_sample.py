@@ -46,13 +46,14 @@ def test_bad_rows_are_left_out_of_a_sample(capsys: Capture, tmp_path: Path) -> N
 def test_rows_are_printed_as_dialogues_with_their_answer_keys(capsys: Capture, tmp_path: Path) -> None:
     key = {"answer_span": ["red", "hat"], "distance": 2, "long_range": True, "task": "several"}
     asked = {"query": "What has Tom?", "answer": "A red hat.", **key}
-    talk = {"query": "Tom has\na red hat.", "answer": "Yes.", "interactions": [turn(1), asked]}
+    talk = {"query": "Tom has\na red hat.", "answer": "Yes.", "interactions": [turn(1), asked], "system": "Be true."}
     hybrid = {"internal": "Be kind.", "tool_use": "rain", "think": "Hm.", "answer": "It rains.", "tool_call": "map()"}
     choice = {"query": "Why?", "accepted": {"answer": "So."}, "rejected": {"answer": "No."}}
     for name, row in (("a", talk), ("b", {"interactions": [hybrid]}), ("c", {"interactions": [choice]})):
         put_rows(tmp_path, f"{name}.jsonl", [row])
     assert ran(capsys, "sample", tmp_path).splitlines() == [
         f"{tmp_path / 'a.jsonl'}:1",
+        "system> Be true.",
         "user > Tom has",
         "       a red hat.",
         "model> Yes.",

@@ -62,6 +62,8 @@ def preference_row(**changes: Any) -> dict[str, Any]:
                 (*talk(1, 2).interactions, Interaction("q", "a cat, b", Recall(("cat", "b"), 2, True, "sum")))
             ),
         ),
+        ("conversation", Conversation(talk(1, 2).interactions, system="Be kind.")),
+        ("hybrid", Conversation((HYBRID,), system="Be kind.")),
         ("hybrid", Conversation((HYBRID,))),
         ("hybrid", Conversation((BARE, CALL, HYBRID))),
         (
