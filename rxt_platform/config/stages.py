@@ -9,7 +9,9 @@ from rxt_platform.config.data import Section
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
-Component = Literal["embedding", "encoder", "decoder", "memory_cross_attention", "memory_attention", "heads"]
+Component = Literal["embedding", "encoder", "mlm_head", "decoder", "memory_cross_attention", "head", "memory_attention"]
+"""`head` is the decoder's, `mlm_head` the masked encoder's."""
+Trains = Literal["both", "encoder", "decoder"]
 
 
 class StartFrom(Spec):
@@ -43,6 +45,19 @@ class OptimizerConfig(Spec):
         return self
 
 
+class EarlyStopping(Spec):
+    """The stage ends when a held-out metric has not improved for a while: it has converged.
+
+    Counted from the last change of phase or lesson on. The learning rate's schedule is that of the whole stage.
+    """
+
+    every: int = Field(gt=0, description="steps between two measurements")
+    patience: int = Field(3, gt=0, description="measurements without an improvement after which the stage ends")
+    threshold: float = Field(0.0, ge=0, description="a smaller improvement on the best is none")
+    metric: str = Field("loss", description="a held-out metric of the stage")
+    highest: bool = Field(False, description="the best is the highest, not the lowest")
+
+
 class StageBase(Spec):
     """What every stage has."""
 
@@ -54,7 +69,21 @@ class StageBase(Spec):
         None, gt=0, description="rows of one forward on one worker, all of like length; by default what costs least"
     )
     optimizer: OptimizerConfig
+    early_stopping: EarlyStopping | None = None
     start_from: StartFrom | None = None
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """What is measured on held-out rows."""
+        raise NotImplementedError
+
+    @model_validator(mode="after")
+    def _stopping_is_measured(self) -> Self:
+        if self.early_stopping is not None and self.early_stopping.metric not in self.metrics:
+            raise ValueError(
+                f"early_stopping.metric {self.early_stopping.metric!r} is not measured: use {', '.join(self.metrics)}"
+            )
+        return self
 
 
 class JointLossConfig(Spec):
@@ -70,9 +99,15 @@ class JointLossConfig(Spec):
     decoder_only: Share = Field(
         0.3, description="share of rows whose decoder reads an empty memory, so that its self-attention learns too"
     )
+    freeze_memory_path: bool = Field(
+        False, description="in these rows memory cross-attention gets no gradient: it learns from encoder states only"
+    )
     encoder_weight: float = Field(1.0, ge=0)
     decoder_weight: float = Field(1.0, ge=0)
     balance_weight: float = Field(0.01, ge=0, description="weight of the experts' load balance")
+    random_memory: float = Field(
+        0.02, ge=0, description="`trains: decoder`: standard deviation of the random memory that it reads"
+    )
 
     @model_validator(mode="after")
     def _shares_are_of_one_whole(self) -> Self:
@@ -81,7 +116,43 @@ class JointLossConfig(Spec):
         return self
 
 
-class JointPretrainingConfig(StageBase):
+_OF_THE_ENCODER = {"mask_probability", "mask_random", "mask_kept"}
+_OF_BOTH = {"memory_noise", "memory_dropout", "decoder_only", "freeze_memory_path", "encoder_weight", "decoder_weight"}
+_WITHOUT_EFFECT: dict[Trains, set[str]] = {
+    "both": {"random_memory"},
+    "encoder": {*_OF_BOTH, "balance_weight", "random_memory"},
+    "decoder": {*_OF_BOTH, *_OF_THE_ENCODER},
+}
+
+
+class JointBase(StageBase):
+    """Stages 1 and 2: encoder and decoder on single texts or interactions."""
+
+    trains: Trains = Field(
+        "both",
+        description="both: jointly. The older separate way (REF 3.0): encoder: the masked encoder and the embedding; "
+        "decoder: the decoder over the encoder's frozen embedding, its memory cross-attention frozen too, over a "
+        "random memory near zero",
+    )
+    loss: JointLossConfig = JointLossConfig()
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """`loss` and `accuracy` are the decoder's, where it trains."""
+        masked = ("masked_loss", "masked_accuracy") if self.trains == "both" else ()
+        balance = ("balance",) if self.trains != "encoder" else ()
+        return ("loss", "accuracy", *balance, *masked)
+
+    @model_validator(mode="after")
+    def _settings_have_an_effect(self) -> Self:
+        plain = JointLossConfig()
+        for name in sorted(_WITHOUT_EFFECT[self.trains]):
+            if getattr(self.loss, name) != getattr(plain, name):
+                raise ValueError(f"loss.{name} has no effect with trains: {self.trains}; leave it out")
+        return self
+
+
+class JointPretrainingConfig(JointBase):
     """Stage 1: joint language-model pre-training on texts."""
 
     section: ClassVar[Section] = "texts"
@@ -93,16 +164,19 @@ class JointPretrainingConfig(StageBase):
         description="windows of the model that a row is long, filled with texts that don't see each other (a row of "
         "`global_batch_size` is then such a pack); 0: one text a row, which a CPU computes faster",
     )
-    loss: JointLossConfig = JointLossConfig()
 
 
-class InteractionSFTConfig(StageBase):
+class InteractionSFTConfig(JointBase):
     """Stage 2: joint supervised fine-tuning on single interactions; the decoder's loss counts answers only."""
 
     section: ClassVar[Section] = "interactions"
 
     kind: Literal["interaction_sft"]
-    loss: JointLossConfig = JointLossConfig()
+
+
+_CHANGE = (
+    "weight of the mean squared change of the memory by each write, times the root of the write's number (REF 3.3)"
+)
 
 
 class LabelWeights(Spec):
@@ -127,6 +201,13 @@ class MemoryPretrainingConfig(StageBase):
     label_weights: LabelWeights = LabelWeights()
     input_noise: float = Field(0.0, ge=0, description="standard deviation of the noise on the encoder states")
     label_noise: float = Field(0.0, ge=0, description="standard deviation of the noise on the targets")
+    memory_change_weight: float = Field(0.0, ge=0, description=_CHANGE)
+    system_prompts: bool = Field(True, description="a conversation's system prompt is the first thing written")
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The negative cosine, and the relative change of a write."""
+        return ("loss", "memory_change")
 
 
 class Lesson(Spec):
@@ -151,6 +232,16 @@ class MemoryAwareConfig(StageBase):
     unfreeze_memory_attention: float = Field(0.0, ge=0, description="epochs with the decoder alone (N)")
     unfreeze_encoder: float = Field(0.0, ge=0, description="further epochs until the encoder trains too (K)")
     balance_weight: float = Field(0.01, ge=0, description="weight of the experts' load balance")
+    memory_change_weight: float = Field(0.0, ge=0, description=_CHANGE)
+    reset_probability: Share = Field(
+        0.0, description="before each turn but the first, so often all that a conversation has written is forgotten"
+    )
+    system_prompts: bool = Field(True, description="a conversation's system prompt is written before its first turn")
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Of answer tokens, of the experts, and the relative change of a write."""
+        return ("loss", "accuracy", "balance", "memory_change")
 
     @model_validator(mode="after")
     def _schedules_end(self) -> Self:

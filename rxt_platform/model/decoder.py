@@ -57,9 +57,12 @@ class DecoderLayer(nn.Module):
         """Keys and values of the memory [B, S, D]: the same for every token of an interaction."""
         return self.cross_attention.keys_values(self.memory_norm(slots))
 
-    def read(self, x: Tensor, memory: KeysValues, rotary: KeysValues, mask: Tensor | None) -> Tensor:
-        """Add what memory cross-attention reads (rotary on the query only)."""
-        return x + self.cross_attention.attend(self.cross_norm(x), memory, rotary, mask)
+    def read(
+        self, x: Tensor, memory: KeysValues, rotary: KeysValues, mask: Tensor | None, frozen: Tensor | None = None
+    ) -> Tensor:
+        """Add what memory cross-attention reads (rotary on the query only); no gradient goes there in `frozen` rows."""
+        found = self.cross_attention.attend(self.cross_norm(x), memory, rotary, mask)
+        return x + (found if frozen is None else torch.where(frozen[:, None, None], found.detach(), found))
 
     def forward(
         self,
@@ -70,12 +73,13 @@ class DecoderLayer(nn.Module):
         readable: Tensor | None = None,
         cache: KeysValues | None = None,
         visible: Tensor | None = None,
+        frozen: Tensor | None = None,
     ) -> tuple[Tensor, Routed | None]:
         """Whole sequences [B, T, D] from position 0: the new states, and what the router did where there is one.
 
         `memory` is the layer's slots [B, S, D] (`readable` [B, 1, 1 or T, S]), or their keys and values, projected
         before; `cache` keeps the keys and values of self-attention; `visible` [B, 1, T, T] are the tokens that each may
-        read, all earlier ones if not given.
+        read, all earlier ones if not given; `frozen` [B] see `read`.
         """
         normed = self.self_norm(x)
         key, value = self.self_attention.keys_values(normed, rotary)
@@ -84,7 +88,7 @@ class DecoderLayer(nn.Module):
         x = x + self.self_attention.attend(normed, (key, value), rotary, visible, causal=visible is None)
         if memory is not None:
             slots = memory if isinstance(memory, tuple) else self.memory_keys_values(memory)
-            x = self.read(x, slots, rotary, readable)
+            x = self.read(x, slots, rotary, readable, frozen)
         normed = self.feed_forward_norm(x)
         if isinstance(self.feed_forward, SwiGLU):
             return x + self.feed_forward(normed), None
@@ -142,11 +146,13 @@ class Decoder(nn.Module):
         memory: Tensor | None = None,
         memory_mask: Tensor | None = None,
         documents: Documents | None = None,
+        frozen_memory: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Hidden states of embedded tokens [B, T, D] that read `memory` [L, B, S, D].
 
         `memory_mask` [B, S], or [B, T, S] where tokens of a row may read different parts of it. `mask` [B, T] is True
-        at real tokens, None without padding; `documents` where a row holds several, which then don't read each other.
+        at real tokens, None without padding; `documents` where a row holds several, which then don't read each other;
+        `frozen_memory` [B] True where memory cross-attention gets no gradient.
         Returns the states, the mean over mixture layers of each text's balance loss [B, or the documents' count], and
         how many tokens went to each expert [M, E]; a plain tuple, in which ZeRO-3 finds the tensors.
         """
@@ -159,7 +165,7 @@ class Decoder(nn.Module):
         rotary = self.rotary(torch.arange(x.shape[1], device=x.device) if documents is None else documents.position)
         routed: list[Routed] = []
         for layer, slots in zip(self.layers, self._memory_layers(memory), strict=True):
-            x, mixture = layer(x, tokens, rotary, slots, readable, visible=visible)
+            x, mixture = layer(x, tokens, rotary, slots, readable, visible=visible, frozen=frozen_memory)
             if mixture is not None:
                 routed.append(mixture)
         if not routed:

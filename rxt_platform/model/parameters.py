@@ -51,8 +51,10 @@ def component_of(name: str) -> Component | Literal["frozen"]:
         return "encoder"
     if name.startswith("memory_attention."):
         return "memory_attention"
-    if name.startswith(("mlm_head.", "decoder.head.")):
-        return "heads"
+    if name.startswith("mlm_head."):
+        return "mlm_head"
+    if name.startswith("decoder.head."):
+        return "head"
     if ".cross_attention." in name or ".cross_norm." in name or ".memory_norm." in name:
         return "memory_cross_attention"
     return "decoder"

@@ -92,11 +92,12 @@ class ReactiveTransformer(nn.Module):
         memory_mask: Tensor | None = None,
         frozen_embedding: bool = False,
         documents: Documents | None = None,
+        frozen_memory: Tensor | None = None,
     ) -> Decoded:
         """Hidden states of the decoder for ids [B, T] over `memory` [L, B, S, D]; feed those needed to `head`.
 
         `memory_mask` [B, S] or [B, T, S]: what may be read; `documents` of packed rows (documents don't see each other,
-        positions begin anew in each).
+        positions begin anew in each); `frozen_memory` [B]: rows that give memory cross-attention no gradient.
         """
         if memory.shape[:2] != (self.config.layers, ids.shape[0]):
             raise ModelError(
@@ -106,7 +107,7 @@ class ReactiveTransformer(nn.Module):
         embedded = self.embedding(ids)
         if frozen_embedding:
             embedded = embedded.detach()
-        return Decoded(*self.decoder(embedded, mask, memory, memory_mask, documents))
+        return Decoded(*self.decoder(embedded, mask, memory, memory_mask, documents, frozen_memory))
 
     def head(self, states: Tensor) -> Tensor:
         """Next-token logits [..., V] of decoder states [..., D]."""

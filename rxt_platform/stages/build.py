@@ -40,12 +40,13 @@ def sampling(config: StageConfig, seed: int, window: int, weights: Sequence[floa
         mask_probability=mask_probability(config),
         lessons=[(lesson.epochs, lesson.turns) for lesson in lessons],
         capacity=windows * window or None,
+        system_prompts=getattr(config, "system_prompts", True),
         weights=weights,
     )
 
 
 def mask_probability(config: StageConfig) -> float:
     """Share of tokens hidden from the masked encoder; 0 in stages that have none."""
-    if isinstance(config, JointPretrainingConfig | InteractionSFTConfig):
+    if isinstance(config, JointPretrainingConfig | InteractionSFTConfig) and config.trains != "decoder":
         return config.loss.mask_probability
     return 0.0

@@ -18,10 +18,10 @@ from rxt_platform.data.sampler import BatchSampler
 from rxt_platform.model.flops import ForwardFlops
 from rxt_platform.model.loss import target_loss
 from rxt_platform.model.transformer import ReactiveTransformer
-from rxt_platform.stages.base import LossReport, Phase, with_metrics
-from rxt_platform.stages.memory_pretraining import relative_change
+from rxt_platform.stages.base import LossReport, Phase, row_uniform, with_metrics
+from rxt_platform.stages.memory_pretraining import relative_change, squared_change
 
-_DECODER: frozenset[Component] = frozenset({"decoder", "memory_cross_attention", "heads"})
+_DECODER: frozenset[Component] = frozenset({"decoder", "memory_cross_attention", "head"})
 
 
 class MemoryAwareStage:
@@ -60,12 +60,16 @@ class MemoryAwareStage:
         return self.sampler.steps(epochs) if epochs else 0
 
     def loss(self, model: ReactiveTransformer, batch: Batch, phase: Phase) -> LossReport:
-        """Cross-entropy of all answer tokens of the global batch's conversations, plus the experts' balance."""
-        memories = self._memories(model, batch, phase)
-        change = batch.seeds.new_zeros((), dtype=torch.float32)
-        for turn in range(1, len(memories)):
-            moved = relative_change(memories[turn - 1].detach(), memories[turn].detach())
-            change = change + (moved * batch.turns[:, turn]).sum() / max(batch.total_follow_ups, 1)
+        """Cross-entropy of all answer tokens of the global batch's conversations, the experts' balance, the change."""
+        return self._loss(model, batch, phase, self.config.reset_probability)
+
+    def _loss(self, model: ReactiveTransformer, batch: Batch, phase: Phase, reset_probability: float) -> LossReport:
+        memories, writes = self._memories(model, batch, phase, reset_probability)
+        relative = moved = torch.zeros((), device=batch.ids.device)
+        for turn, (old, new) in enumerate(writes, start=1):
+            written = batch.turns[:, turn] / max(batch.total_follow_ups, 1)
+            relative = relative + (relative_change(old.detach(), new.detach()) * written).sum()
+            moved = moved + (squared_change(old, new, turn) * written).sum()
         summed = balance = torch.zeros((), device=batch.ids.device)
         correct = torch.zeros((), device=batch.ids.device, dtype=torch.int64)
         usage: list[Tensor] = []
@@ -83,11 +87,11 @@ class MemoryAwareStage:
             usage.append(decoded.usage)
         answer_loss = summed / batch.total_targets
         return with_metrics(
-            answer_loss + self.config.balance_weight * balance,
+            answer_loss + self.config.balance_weight * balance + self.config.memory_change_weight * moved,
             loss=answer_loss,
             accuracy=correct / batch.total_targets,
             balance=balance,
-            memory_change=change,
+            memory_change=relative,
         ).using(torch.stack(usage).sum(dim=0))
 
     def flops(self, model: ForwardFlops, batch: Batch, phase: Phase) -> int:
@@ -112,36 +116,41 @@ class MemoryAwareStage:
         return total
 
     def evaluate(self, model: ReactiveTransformer, batch: Batch, phase: Phase) -> LossReport:
-        """The training loss, on held-out conversations."""
-        return self.loss(model, batch, phase)
+        """The training loss without resets, on held-out conversations."""
+        return self._loss(model, batch, phase, 0.0)
 
-    def _memories(self, model: ReactiveTransformer, batch: Batch, phase: Phase) -> list[Tensor]:
-        """The memory [L, B, S, D] before each turn, with gradient through its last `bptt_window` writes.
+    def _memories(
+        self, model: ReactiveTransformer, batch: Batch, phase: Phase, reset_probability: float
+    ) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
+        """The memory [L, B, S, D] before each turn, and before and after each write that led there.
 
-        Absent turns come last in a row, so what is written for them is never read. Where all rows are single turns, the
-        write after them is read with weight zero: every forward must give every trained parameter a gradient, because
-        ZeRO-3 adds those of a step's later forwards to what the first one left, be it the last step's.
+        The gradient goes through the last `bptt_window` writes. Absent turns come last in a row, so what is written for
+        them is never read. Where all rows are single turns, the write after them is read with weight zero: every
+        forward must give every trained parameter a gradient, because ZeRO-3 adds those of a step's later forwards to
+        what the first one left, be it the last step's.
         """
         turns = batch.ids.shape[1]
-        memories = [model.initial_memory(batch.seeds)]
+        initial = model.initial_memory(batch.seeds)
         with nullcontext() if "encoder" in phase.trains else torch.no_grad():
             states = self._encode_turns(model, batch, max(turns - 1, 1))
-        if turns == 1:
-            with nullcontext() if "memory_attention" in phase.trains else torch.no_grad():
-                unread = model.write_states(memories[0], states[0], batch.mask[:, 0, : states[0].shape[2]])
-            return [memories[0] + 0.0 * unread]
+        masks = [batch.mask[:, turn, : encoded.shape[2]] for turn, encoded in enumerate(states)]
         window = turns if self.config.bptt_window == "all" else self.config.bptt_window
+        memories, writes = [initial], list[tuple[Tensor, Tensor]]()
         with nullcontext() if "memory_attention" in phase.trains else torch.no_grad():
+            if turns == 1:
+                return [initial + 0.0 * model.write_states(initial, states[0], masks[0])], writes
             for turn in range(1, turns):
-                first = max(0, turn - window)
-                start = memories[first] if window >= turn else memories[first].detach()
-                writes = range(turn - 1, turn) if window >= turn else range(first, turn)
-                memory = memories[turn - 1] if window >= turn else start
-                for written in writes:
-                    mask = batch.mask[:, written, : states[written].shape[2]]
-                    memory = model.write_states(memory, states[written], mask)
+                first = turn - 1 if window >= turn else turn - window
+                memory = memories[first] if window >= turn else memories[first].detach()
+                for written in range(first, turn):
+                    old, new = memory, model.write_states(memory, states[written], masks[written])
+                    memory = new
+                    if reset_probability:
+                        forgets = row_uniform(batch.seeds, (1,), written + 1, new.device) < reset_probability
+                        memory = torch.where(forgets[None, :, :, None], initial, new)
                 memories.append(memory)
-        return memories
+                writes.append((old, new))
+        return memories, writes
 
     def _encode_turns(self, model: ReactiveTransformer, batch: Batch, turns: int) -> list[Tensor]:
         """Encoder states [L, B, T, D] of the first `turns` turns."""

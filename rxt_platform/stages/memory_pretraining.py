@@ -35,10 +35,9 @@ class MemoryPretrainingStage:
         return [Phase("memory attention", 0, frozenset({"memory_attention"}))]
 
     def loss(self, model: ReactiveTransformer, batch: Batch, phase: Phase) -> LossReport:
-        """Mean over the writes of the global batch of `-cos(written memory, target)`."""
+        """Mean over the writes of the global batch of `-cos(written memory, target)`, plus the memory's change."""
         memory = model.initial_memory(batch.seeds)
-        loss = memory.new_zeros(())
-        change = memory.new_zeros(())
+        loss, moved, change = (memory.new_zeros(()) for _ in range(3))
         for turn in range(batch.ids.shape[1]):
             length = batch.turn_lengths[turn]
             present, mask = batch.turns[:, turn], batch.mask[:, turn, :length]
@@ -49,10 +48,11 @@ class MemoryPretrainingStage:
             written = model.write_states(memory, states, mask)
             distance = -F.cosine_similarity(written, target, dim=-1).mean(dim=(0, 2))
             loss = loss + (distance * present).sum() / batch.total_turns
+            moved = moved + (squared_change(memory, written, turn + 1) * present).sum() / batch.total_turns
             written = written.detach()
             change = change + (relative_change(memory, written) * present).sum() / batch.total_turns
             memory = written
-        return with_metrics(loss, loss=loss, memory_change=change)
+        return with_metrics(loss + self.config.memory_change_weight * moved, loss=loss, memory_change=change)
 
     def flops(self, model: ForwardFlops, batch: Batch, phase: Phase) -> int:
         """The encoder's forward, and forward and backward of the writes.
@@ -105,6 +105,11 @@ def by_slot(states: Tensor, mask: Tensor, slots: int) -> tuple[Tensor, Tensor]:
     members = segment.sum(dim=-1)
     weights = segment.to(states.dtype) / members.clamp(min=1).unsqueeze(-1)
     return torch.einsum("bst,lbtd->lbsd", weights, states), members > 0
+
+
+def squared_change(old: Tensor, new: Tensor, write: int) -> Tensor:
+    """`sqrt(write) * MSE(new, old)` of each row [B]: what a write (from 1) moved, with gradient to `new` alone."""
+    return write**0.5 * (new - old.detach()).pow(2).mean(dim=(0, 2, 3))
 
 
 def relative_change(old: Tensor, new: Tensor) -> Tensor:

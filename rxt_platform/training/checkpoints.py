@@ -27,6 +27,7 @@ from rxt_platform.errors import ArtifactError, ResumeError
 from rxt_platform.storage.directory import differences, verify_directory
 from rxt_platform.storage.remote import RemoteFolder
 from rxt_platform.training.distributed import on_rank_zero
+from rxt_platform.training.guards import Plateau
 from rxt_platform.training.sharding import KINDS, WEIGHT, ShardedState
 
 logger = logging.getLogger(__name__)
@@ -82,6 +83,7 @@ class ResumeState:
     skipped: list[Skipped] = field(default_factory=list)
     recent: list[float] = field(default_factory=list)  # losses that a spike is measured against
     totals: dict[str, Total] = field(default_factory=dict)  # of each kind of tensor
+    plateau: Plateau = field(default_factory=Plateau)  # of the metric that may end the stage
 
     @classmethod
     def read(cls, directory: Path) -> "ResumeState":

@@ -28,7 +28,7 @@ from rxt_platform.stages.base import LossReport, Phase, Stage
 from rxt_platform.training import checkpoints
 from rxt_platform.training.checkpoints import ResumeState, Skipped
 from rxt_platform.training.distributed import on_rank_zero, raise_together
-from rxt_platform.training.guards import SpikeError, SpikeGuard
+from rxt_platform.training.guards import Plateau, SpikeError, SpikeGuard
 from rxt_platform.training.measures import Meter, Metrics, Profiler, Spans, StepClock, peak_flops
 from rxt_platform.training.step import StepRunner, Wishes, expert_load
 from rxt_platform.training.strategy import Strategy
@@ -103,7 +103,7 @@ class Engine:
         training = settings.training
         self.stage, self.model, self.settings, self.training = stage, model, settings, training
         self.phases = stage.phases()
-        self.steps = stage.sampler.total_steps
+        self.steps = self.end = stage.sampler.total_steps  # `end` comes sooner if the stage converges
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         if problem := batch_problem(stage.config, training, self.world):
             raise TrainingError(problem)
@@ -141,7 +141,7 @@ class Engine:
             hooks.on_start(first, self.steps)
             if self.training.spike_guard is not None and first == 0:
                 self.writer.save(state)
-            while state.step < self.steps:
+            while state.step < self.end:
                 try:
                     state = self._train(state, validation, hooks)
                 except SpikeError as spike:
@@ -151,7 +151,7 @@ class Engine:
             with self.clock.part("evaluation"):
                 after = self.evaluate(validation)
                 weights = self.strategy.full_state()
-            result = TrainResult(dict(state.before), after, self.steps, state.seconds, first, state.skipped, weights)
+            result = TrainResult(dict(state.before), after, self.end, state.seconds, first, state.skipped, weights)
             best = self.training.checkpoints.best
             if best is not None and self.rank == 0:
                 result.best = checkpoints.best_weights(self.directory, best, weights)
@@ -211,7 +211,8 @@ class Engine:
     def _train(self, state: ResumeState, validation: list[Batch], hooks: Hooks) -> ResumeState:
         """Steps from a state to the end of the stage. Raises SpikeError with the engine's weights as they were."""
         training, began = self.training, time.monotonic()
-        guard = SpikeGuard(training.spike_guard, state.recent)
+        guard, plateau = SpikeGuard(training.spike_guard, state.recent), state.plateau
+        stopping = self.stage.config.early_stopping
         skipped, metrics = self.skipped, dict(state.metrics)
         changes = {phase.start for phase in self.phases} | set(self.stage.sampler.changes)
         left_out = {one.step for one in skipped if one.step >= state.step}
@@ -228,6 +229,7 @@ class Engine:
                 updates=updates,
                 skipped=list(skipped),
                 recent=guard.recent,
+                plateau=plateau,
             )
 
         def save(done: int) -> None:
@@ -242,7 +244,7 @@ class Engine:
                 self.settings.watch.step = done
                 self.profiler.before_step()
                 if step in changes:
-                    guard.recent = []  # other rows or other components: the loss may jump
+                    guard.recent, plateau = [], Plateau()  # other rows or other components: the loss may jump
                 with self.clock.part("data"):
                     batch = next_batch()
                 wishes = Wishes(hooks.stop_requested(), hooks.checkpoint_requested(), self.writer.failed)
@@ -261,29 +263,37 @@ class Engine:
                     self.meter.add(outcome.metrics, outcome.tokens, outcome.flops)
                 if wishes.write_failed:
                     self._settle_writer()
-                if training.evaluate_every is not None and done % training.evaluate_every == 0 and done < self.steps:
+                judged = stopping is not None and done % stopping.every == 0
+                measured = training.evaluate_every is not None and done % training.evaluate_every == 0
+                if (measured or judged) and done < self.steps:
                     with self.clock.part("evaluation"):
                         held_out = self.evaluate(validation)
                     metrics |= {f"validation_{name}": value for name, value in held_out.items()}
                     self._check_best(metrics)
+                    if stopping is not None and judged:
+                        plateau = plateau.after(held_out[stopping.metric], stopping)
+                        if plateau.stale >= stopping.patience and done > max(changes):
+                            self.end = done
                 due = done % training.checkpoints.every == 0 or wishes.checkpoint
-                if due and done < self.steps and not wishes.stop:
+                if due and done < self.end and not wishes.stop:
                     with self.clock.part("checkpoint"):
                         save(done)
                 parts = self.clock.take()
                 self.meter.add_time(parts)
                 self.spans.add(done, started, parts, outcome.tokens, outcome.rows if training.log_rows else None)
                 self.profiler.after_step()
-                if done % training.log_every == 0 or done == self.steps:
+                if done % training.log_every == 0 or done == self.end:
                     self.spans.flush()
                     self.settings.watch.check_current()
                     logged = self.meter.take()
                     evaluated = {name: value for name, value in metrics.items() if name.startswith("validation_")}
                     metrics = {**logged, **outcome.norms, **evaluated}
                     hooks.on_metrics(done, self.steps, {**metrics, "skipped_batches": float(len(skipped))})
-                if wishes.stop and done < self.steps:
+                if done == self.end:
+                    break
+                if wishes.stop:
                     self._stop(now(done))
-        return now(self.steps)
+        return now(self.end)
 
     def _stop(self, state: ResumeState) -> None:
         """Checkpoint, wait until it and its copy are safe, and end."""

@@ -1,9 +1,11 @@
-"""What keeps a bad batch or a spike of the loss from spoiling a model."""
+"""What keeps a bad batch or a spike of the loss from spoiling a model, and what tells that it has converged."""
 
 import math
 import statistics
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+from rxt_platform.config.stages import EarlyStopping
 from rxt_platform.config.training import SpikeConfig
 from rxt_platform.errors import RxtError
 
@@ -38,3 +40,18 @@ class SpikeGuard:
         """A loss whose update was made."""
         if self.config is not None and math.isfinite(loss):
             self.recent = [*self.recent, loss][-self.config.window :]
+
+
+@dataclass(frozen=True)
+class Plateau:
+    """How a held-out metric has fared: its best value, and the measurements since then that were no better."""
+
+    best: float | None = None
+    stale: int = 0
+
+    def after(self, value: float, rule: EarlyStopping) -> "Plateau":
+        """With a further measurement; one that is not a number is no better."""
+        if self.best is None:
+            return Plateau(value) if math.isfinite(value) else self
+        gain = value - self.best if rule.highest else self.best - value
+        return Plateau(value) if gain > rule.threshold else Plateau(self.best, self.stale + 1)

@@ -118,9 +118,9 @@ def test_killed_run_ends_with_the_same_weights(straight_run: Jobs, new_jobs: Cal
 @pytest.mark.parametrize(
     ("last_step", "expected"),
     [
-        (2, {"decoder", "memory_cross_attention", "heads"}),
-        (4, {"decoder", "memory_cross_attention", "heads", "memory_attention"}),
-        (6, {"decoder", "memory_cross_attention", "heads", "memory_attention", "encoder", "embedding"}),
+        (2, {"decoder", "memory_cross_attention", "head"}),
+        (4, {"decoder", "memory_cross_attention", "head", "memory_attention"}),
+        (6, {"decoder", "memory_cross_attention", "head", "memory_attention", "encoder", "embedding"}),
     ],
 )
 def test_gradual_unfreezing_moves_components_in_their_order(

@@ -11,7 +11,7 @@ from rxt_platform.model.transformer import ReactiveTransformer
 from rxt_platform.stages.base import Phase, Stage
 from rxt_platform.training.optimizer import build_optimizer
 from tests.unit.helpers import batch_of, conversation, tiny_config, tiny_model
-from tests.unit.test_stages import stage_of
+from tests.unit.stages import stage_of
 
 TALKS = [conversation(*[(7, 8)] * 6, seed=seed) for seed in range(4)]
 LAYERS = 4

@@ -42,7 +42,7 @@ def a_state(step: int, **metrics: float) -> ResumeState:
     """Of a run that skipped one batch."""
     skipped = [Skipped(1, "the loss is nan", ["story_world:3"])]
     return ResumeState(
-        step, 1.5, "same", {"model": {"size": 8}}, 2, 1, {"loss": 3.0}, metrics, {"heads": 2}, skipped, [2.5], TOTALS
+        step, 1.5, "same", {"model": {"size": 8}}, 2, 1, {"loss": 3.0}, metrics, {"head": 2}, skipped, [2.5], TOTALS
     )
 
 
@@ -243,7 +243,7 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
         (lambda raw: json.dumps({**raw, "more": 1}), "expected the keys"),
         (lambda raw: json.dumps({key: raw[key] for key in raw if key != "spec"}), "expected the keys"),
         (lambda raw: json.dumps({**raw, "step": "nine"}), "step: Input should be a valid integer"),
-        (lambda raw: json.dumps({**raw, "updates": {"heads": None}}), "updates.heads: Input should be a valid integer"),
+        (lambda raw: json.dumps({**raw, "updates": {"head": None}}), "updates.head: Input should be a valid integer"),
         (lambda raw: json.dumps({**raw, "skipped": 3}), "skipped: Input should be a valid list"),
         (lambda raw: json.dumps({**raw, "skipped": [{"step": 1}]}), "skipped.0.reason: Field required"),
         (lambda raw: json.dumps({**raw, "totals": []}), "totals: Input should be a valid dictionary"),

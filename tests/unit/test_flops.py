@@ -20,7 +20,7 @@ from rxt_platform.stages.base import Phase, Stage
 from rxt_platform.stages.memory_aware import turn_groups
 from rxt_platform.training.optimizer import build_optimizer
 from tests.unit.helpers import batch_of, conversation, tiny_model
-from tests.unit.test_stages import ROWS, SINGLES, TEXTS, stage_of
+from tests.unit.stages import ROWS, SINGLES, TEXTS, stage_of
 from tests.unit.variants import EXPERTS, heads, variant
 
 DENSE: dict[str, Any] = {"experts": None, "feed_forward_size": 48}

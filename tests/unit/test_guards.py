@@ -1,12 +1,14 @@
-"""Promises of the spike guard: it notices a loss that jumps, and nothing else."""
+"""Promises of the guards: a spike is a loss that jumps, and nothing else; a plateau is no improvement for a while."""
 
+import math
 import random
 from collections.abc import Iterable
 
 import pytest
 
+from rxt_platform.config.stages import EarlyStopping
 from rxt_platform.config.training import SpikeConfig
-from rxt_platform.training.guards import SpikeError, SpikeGuard
+from rxt_platform.training.guards import Plateau, SpikeError, SpikeGuard
 
 WINDOW = 20
 
@@ -96,3 +98,23 @@ def test_without_a_configuration_nothing_is_a_spike_and_nothing_is_kept() -> Non
         guard.add(1.0)
         guard.check(step, 1e9)
     assert guard.recent == []
+
+
+def after(values: Iterable[float], **rule: object) -> Plateau:
+    plateau = Plateau()
+    for value in values:
+        plateau = plateau.after(value, EarlyStopping.model_validate({"every": 1, **rule}))
+    return plateau
+
+
+def test_a_plateau_counts_measurements_without_an_improvement() -> None:
+    assert after([3.0, 2.0, 2.5, 1.9]) == Plateau(1.9, 0)
+    assert after([3.0, 2.0, 2.5, 2.0]) == Plateau(2.0, 2)
+    assert after([2.0, 1.95, 1.92, 1.85], threshold=0.1) == Plateau(1.85, 0), "small steps add up"
+    assert after([2.0, 1.95, 1.92], threshold=0.1) == Plateau(2.0, 2)
+    assert after([0.5, 0.6, 0.55], highest=True) == Plateau(0.6, 1)
+
+
+def test_what_is_not_a_number_is_no_improvement() -> None:
+    assert after([2.0, math.nan, math.inf]) == Plateau(2.0, 2)
+    assert after([math.nan, 2.0]) == Plateau(2.0, 0)

@@ -35,7 +35,8 @@ def test_every_component_of_the_model_is_known_by_its_parameter_names() -> None:
     assert found["embedding"] == {id(model.embedding.weight)}
     assert found["encoder"] == {id(p) for p in model.encoder.parameters()}
     assert found["memory_attention"] == {id(p) for p in model.memory_attention.parameters()}
-    assert found["heads"] == {id(p) for head in (model.mlm_head, model.decoder.head) for p in head.parameters()}
+    assert found["mlm_head"] == {id(p) for p in model.mlm_head.parameters()}
+    assert found["head"] == {id(p) for p in model.decoder.head.parameters()}
     assert found["memory_cross_attention"] == cross
     assert found["decoder"] == {id(p) for p in model.decoder.layers.parameters()} - cross
 

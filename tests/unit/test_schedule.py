@@ -69,19 +69,19 @@ def test_wsd_without_decay_is_constant() -> None:
 
 def test_a_phase_gives_its_components_their_rate_and_all_others_zero() -> None:
     """Groups of components that only another phase trains stay, so that ZeRO and the moments never change."""
-    first: frozenset[Component] = frozenset({"decoder", "heads"})
+    first: frozenset[Component] = frozenset({"decoder", "head"})
     phases = [Phase("first", 0, first), Phase("second", 5, first | {"memory_attention"})]
-    config = OptimizerConfig(learning_rate=1.0, learning_rate_scale={"heads": 0.5, "memory_attention": 0.0})
+    config = OptimizerConfig(learning_rate=1.0, learning_rate_scale={"head": 0.5, "memory_attention": 0.0})
     optimizer = build_optimizer(tiny_model(), config, phases)
 
     def found() -> dict[str, float]:
         return {group["component"]: group["lr"] for group in optimizer.param_groups}
 
     set_learning_rates(optimizer, config, 0.2, phases[0])
-    assert found() == {"decoder": 0.2, "heads": 0.1, "memory_attention": 0.0}
+    assert found() == {"decoder": 0.2, "head": 0.1, "memory_attention": 0.0}
     config = config.model_copy(update={"learning_rate_scale": {"memory_attention": 2.0}})
     set_learning_rates(optimizer, config, 0.2, phases[1])
-    assert found() == {"decoder": 0.2, "heads": 0.2, "memory_attention": 0.4}
+    assert found() == {"decoder": 0.2, "head": 0.2, "memory_attention": 0.4}
     set_learning_rates(optimizer, config, 0.2, phases[0])
     assert found()["memory_attention"] == 0.0, "also after it was trained"
 
@@ -104,9 +104,9 @@ def test_only_what_some_phase_trains_requires_gradients() -> None:
     """Also not the frozen attention of the early encoders, although it is in a component that is trained."""
     encoder = {**tiny_config().encoder.model_dump(), "cross_attention": {"query_heads": 2, "key_value_heads": 2}}
     model = tiny_model(tiny_config(encoder=encoder))
-    phases = [Phase("first", 0, frozenset({"heads"})), Phase("second", 5, frozenset({"encoder"}))]
+    phases = [Phase("first", 0, frozenset({"head"})), Phase("second", 5, frozenset({"encoder"}))]
     optimizer = build_optimizer(model, OptimizerConfig(learning_rate=1.0), phases)
     wanted = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert wanted == {name for name, _ in model.named_parameters() if component_of(name) in ("heads", "encoder")}
+    assert wanted == {name for name, _ in model.named_parameters() if component_of(name) in ("head", "encoder")}
     given = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     assert given == {id(parameter) for parameter in model.parameters() if parameter.requires_grad}

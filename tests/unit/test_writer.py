@@ -31,7 +31,7 @@ from rxt_platform.training.writer import CheckpointWriter, Uploads, WriterSettin
 pytestmark = pytest.mark.timeout(120)
 
 SIZE = 1000
-STATE = ResumeState(3, 1.5, "same", {}, 2, 1, {}, {}, {"heads": 3})
+STATE = ResumeState(3, 1.5, "same", {}, 2, 1, {}, {}, {"head": 3})
 
 
 class Held:
