@@ -34,6 +34,7 @@ from rxt_platform.data.sampler import BatchSampler, Sampling
 from rxt_platform.data.tokenizer import BOS, SPECIAL_TOKENS
 from rxt_platform.model import heads
 from rxt_platform.model.flops import ForwardFlops
+from rxt_platform.model.layers import compile_layers
 from rxt_platform.model.parameters import component_of
 from rxt_platform.model.transformer import ReactiveTransformer
 from rxt_platform.stages.joint import JointStage
@@ -113,7 +114,7 @@ def main(
     models = {"eager": model}
     if compiled:
         models["compiled"] = copy.deepcopy(model)
-        models["compiled"].compile_layers()
+        compile_layers(models["compiled"])
     steps = {name: training_step(each, stage, batch) for name, each in models.items()}
 
     losses = {name: step() for name, step in steps.items()}

@@ -8,12 +8,13 @@ from pydantic import Field, model_validator
 from rxt_platform.config.base import Spec
 from rxt_platform.config.data import DataConfig
 from rxt_platform.config.model import ModelConfig
-from rxt_platform.config.stages import StageConfig
+from rxt_platform.config.stages import MemoryAwareConfig, MemoryPretrainingConfig, StageConfig
 from rxt_platform.config.training import TrainingConfig
 
 _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_.-]*")
 _SMALLEST_VOCABULARY = 267
 _SHARED_FOLDERS = {"artifacts", "work", "mlartifacts", "mlflow.db"}
+BASELINE = "baseline."  # the names of its steps begin so
 _OTHER_STEPS = {"corpus", "tokenizer", "tokens", "evaluation"}
 
 
@@ -31,6 +32,12 @@ class EvaluationConfig(Spec):
 
     conversations: int = Field(200, gt=0, description="held-out conversations, at most")
     samples: int = Field(3, ge=0, description="conversations that are answered freely and shown in the report")
+
+
+class BaselineConfig(Spec):
+    """The stateless baseline: a decoder of the same total size that reads the whole history, without any memory."""
+
+    window: int = Field(2048, gt=0, description="longest history in tokens; of a longer one the oldest turns are lost")
 
 
 class TrackingConfig(Spec):
@@ -51,6 +58,9 @@ class RunConfig(Spec):
     stages: dict[str, StageConfig] = Field(
         min_length=1, description="in training order; each starts from the one before"
     )
+    baseline: BaselineConfig | None = Field(
+        None, description="also train a stateless model on the same rows, by the same stages, and compare both"
+    )
     training: TrainingConfig = TrainingConfig()
     resources: ResourcesConfig = ResourcesConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -63,8 +73,27 @@ class RunConfig(Spec):
                 raise ValueError(f"name {name!r} may only hold letters, digits, '.', '_', '-' (it names a folder)")
         if self.name in _SHARED_FOLDERS:
             raise ValueError(f"name {self.name!r} is taken by what all runs of a storage share")
-        if taken := sorted(_OTHER_STEPS & self.stages.keys()):
-            raise ValueError(f"stage name {taken[0]!r} is taken by another step of every run")
+        reserved = [name for name in self.stages if name in _OTHER_STEPS or name.startswith(BASELINE)]
+        if reserved:
+            raise ValueError(f"stage name {reserved[0]!r} is taken by another step of every run")
+        return self
+
+    @model_validator(mode="after")
+    def _baseline_can_be_trained(self) -> Self:
+        if self.baseline is None:
+            return self
+        if self.baseline.window < self.model.max_length:
+            raise ValueError(
+                f"baseline.window {self.baseline.window} is less than one interaction (model.max_length "
+                f"{self.model.max_length})"
+            )
+        if next(iter(self.stages.values())).start_from is not None:
+            raise ValueError(
+                "baseline: the first stage starts from another model, whose tokens the baseline has not seen; leave "
+                "out start_from or the baseline"
+            )
+        if not any(trains_without_memory(stage) for stage in self.stages.values()):
+            raise ValueError("baseline: no stage can be trained without a memory")
         return self
 
     @model_validator(mode="after")
@@ -100,6 +129,13 @@ class RunConfig(Spec):
             if problem := batch_problem(stage, self.training, workers):
                 raise ValueError(f"stages.{name}.{problem}")
         return self
+
+
+def trains_without_memory(stage: StageConfig) -> bool:
+    """Whether the stateless baseline takes part in a stage: all but those of encoder or memory attention alone."""
+    if isinstance(stage, MemoryPretrainingConfig):
+        return False
+    return isinstance(stage, MemoryAwareConfig) or stage.trains != "encoder"
 
 
 def batch_problem(stage: StageConfig, training: TrainingConfig, workers: int) -> str | None:

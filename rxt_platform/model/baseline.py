@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from rxt_platform.config.model import ModelConfig
 from rxt_platform.model.decoder import Decoder
+from rxt_platform.model.documents import Documents
 from rxt_platform.model.parameters import count, measure_size
 from rxt_platform.model.transformer import Decoded
 
@@ -26,9 +27,12 @@ class StatelessTransformer(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.decoder = Decoder(config, stateful=False)
 
-    def decode_states(self, ids: Tensor, mask: Tensor | None = None) -> Decoded:
-        """Hidden states for ids [B, T]; `mask` [B, T] is True at real tokens, None without padding."""
-        return Decoded(*self.decoder(self.embedding(ids), mask))
+    def decode_states(self, ids: Tensor, mask: Tensor | None = None, documents: Documents | None = None) -> Decoded:
+        """Hidden states for ids [B, T]; `mask` [B, T] is True at real tokens, None without padding.
+
+        `documents` of packed rows: they don't see each other.
+        """
+        return Decoded(*self.decoder(self.embedding(ids), mask, documents=documents))
 
     def decode(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """Next-token logits [B, T, V]."""

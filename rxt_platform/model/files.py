@@ -14,20 +14,28 @@ from torch import Tensor, nn
 from rxt_platform.config.model import ModelConfig
 from rxt_platform.data.tokenizer import RxtTokenizer
 from rxt_platform.errors import ArtifactError
+from rxt_platform.model.baseline import StatelessTransformer
 from rxt_platform.model.figures import REPORT
 from rxt_platform.model.transformer import ReactiveTransformer
 from rxt_platform.storage.directory import MANIFEST, verify_directory
 
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
 REACTIVE = ("RxTAlpha", "RxTAlphaDecoder")  # architectures with the weights of a whole Reactive Transformer
+STATELESS = "StatelessTransformer"
 MODEL_TYPE = "reactive-transformer"
 _PRECISIONS = (torch.float32, torch.bfloat16, torch.float16)
 _HEADER = ("model_type", "architectures")
 
 
-def save_model(directory: Path, config: ModelConfig, state: dict[str, Tensor], tokenizer: RxtTokenizer) -> None:
+def save_model(
+    directory: Path,
+    config: ModelConfig,
+    state: dict[str, Tensor],
+    tokenizer: RxtTokenizer,
+    architecture: str = REACTIVE[0],
+) -> None:
     """Write config, weights (as they are, contiguous) and tokenizer into an existing directory."""
-    write_config(directory, config.model_dump(mode="json"), "RxTAlpha")
+    write_config(directory, config.model_dump(mode="json"), architecture)
     write_weights(directory, state)
     tokenizer.save(directory / TOKENIZER)
 
@@ -69,6 +77,19 @@ def load_model(directory: Path, dtype: torch.dtype | None = None) -> tuple[React
     """Read a model directory, ready for use. Raises ArtifactError that names the file and what is wrong with it."""
     config = model_config(read_config(directory, REACTIVE), directory)
     model = empty_model(config)
+    load_weights(model, directory, dtype)
+    return model.eval(), load_tokenizer(directory, config)
+
+
+def load_any(
+    directory: Path, dtype: torch.dtype | None = None
+) -> tuple[ReactiveTransformer | StatelessTransformer, RxtTokenizer]:
+    """As `load_model`, for a Reactive Transformer or a stateless baseline."""
+    config = model_config(read_config(directory, (*REACTIVE, STATELESS)), directory)
+    if STATELESS not in (json.loads((directory / CONFIG).read_text()).get("architectures") or []):
+        return load_model(directory, dtype)
+    with torch.device("meta"):
+        model = StatelessTransformer(config)
     load_weights(model, directory, dtype)
     return model.eval(), load_tokenizer(directory, config)
 

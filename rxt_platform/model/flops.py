@@ -13,6 +13,7 @@ from rxt_platform.config.model import ModelConfig
 from rxt_platform.model.attention import Attention
 from rxt_platform.model.feedforward import MixtureOfExperts
 from rxt_platform.model.memory import ResidualGate
+from rxt_platform.model.stepper import LanguageModel
 from rxt_platform.model.transformer import ReactiveTransformer
 
 
@@ -43,14 +44,15 @@ class ForwardFlops:
     masked_head_token: int
 
     @classmethod
-    def of(cls, model: ReactiveTransformer) -> Self:
+    def of(cls, model: LanguageModel) -> Self:
         """From a model whose parameters are whole (not yet cut by ZeRO-3); it may be on the meta device."""
         slots = model.config.memory.slots
-        encoder, decoder = list(model.encoder.layers), list(model.decoder.layers)
+        reactive = model if isinstance(model, ReactiveTransformer) else None
+        encoder, decoder = [] if reactive is None else list(reactive.encoder.layers), list(model.decoder.layers)
         frozen = [layer.frozen_memory.attention for layer in encoder if layer.frozen_memory is not None]
         cross = [layer.cross_attention for layer in decoder if layer.stateful]
         mixtures = [layer.feed_forward for layer in decoder if isinstance(layer.feed_forward, MixtureOfExperts)]
-        written = list(model.memory_attention.layers)
+        written = [] if reactive is None else list(reactive.memory_attention.layers)
         gates = [gate for layer in written for gate in layer.children() if isinstance(gate, ResidualGate)]
         mixing = [layer.self_attention for layer in written if layer.variant != "simple"]
         return cls(
@@ -74,7 +76,7 @@ class ForwardFlops:
             + slots * sum(_products(attention) + _read(attention, slots) for attention in mixing)
             + sum(map(_products, gates)),
             head_token=_products(model.decoder.head),
-            masked_head_token=_products(model.mlm_head),
+            masked_head_token=0 if reactive is None else _products(reactive.mlm_head),
         )
 
     def encode(self, rows: int, length: int) -> int:

@@ -2,10 +2,10 @@
 
 from torch import Tensor
 
-from rxt_platform.model.transformer import ReactiveTransformer
+from rxt_platform.model.stepper import LanguageModel
 
 
-def target_loss(model: ReactiveTransformer, states: Tensor, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def target_loss(model: LanguageModel, states: Tensor, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Summed cross-entropy and number of correct predictions of the target tokens.
 
     `states` [..., T, D] are the decoder's; a target at position t is predicted from the state at t - 1, and the head

@@ -8,20 +8,15 @@ The decoder's stages during supervised training read encoder states as their mem
 also takes a mask over memory positions. Every mask [B, T] is True at real tokens; None says that there is no padding.
 """
 
-import functools
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from rxt_platform.config.model import ModelConfig
 from rxt_platform.errors import ModelError
 from rxt_platform.model.decoder import Decoder
 from rxt_platform.model.documents import Documents
 from rxt_platform.model.encoder import Encoder
-from rxt_platform.model.feedforward import MixtureOfExperts
 from rxt_platform.model.heads import MaskedLanguageHead
 from rxt_platform.model.memory import MemoryAttention, initial_memory
 
@@ -116,36 +111,3 @@ class ReactiveTransformer(nn.Module):
     def decode(self, ids: Tensor, mask: Tensor | None, memory: Tensor, memory_mask: Tensor | None = None) -> Tensor:
         """Next-token logits [B, T, V]."""
         return self.head(self.decode_states(ids, mask, memory, memory_mask).states)
-
-    def _layers(self) -> list[nn.Module]:
-        return [*self.decoder.layers, *self.encoder.layers, *self.memory_attention.layers]
-
-    def compile_layers(self) -> None:
-        """Let torch.compile make each layer's forward faster, for any batch and sequence length; names stay."""
-        for layer in self._layers():
-            layer.compile(dynamic=True)
-
-    def checkpoint_layers(self) -> None:
-        """Keep each layer's input only, and compute the rest again in the backward pass: less memory, more time."""
-        for layer in self._layers():
-            layer.forward = _recomputed(layer.forward)
-
-    def mixtures(self) -> list[MixtureOfExperts]:
-        """The decoder's mixtures of experts, in the order of `Decoded.usage`."""
-        return [part for part in self.decoder.modules() if isinstance(part, MixtureOfExperts)]
-
-    def rebalance(self, usage: Tensor) -> None:
-        """After an optimizer step with `usage` [M, E] over the global batch: move the selection biases, if any."""
-        for mixture, counts in zip(self.mixtures(), usage, strict=True):
-            if mixture.config.balancing == "bias":
-                mixture.rebalance(counts)
-
-
-def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """`forward` whose activations are not kept where a gradient will be asked for."""
-
-    @functools.wraps(forward)
-    def wrapped(*inputs: Any, **options: Any) -> Any:
-        return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=False, **options)
-
-    return wrapped

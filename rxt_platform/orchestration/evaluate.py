@@ -3,10 +3,10 @@
 import json
 import time
 
-from rxt_platform.config.run import RunConfig
+from rxt_platform.config.run import RunConfig, trains_without_memory
 from rxt_platform.evaluation.measure import measure
 from rxt_platform.evaluation.recall import mean_recall
-from rxt_platform.orchestration.plan import ARTIFACT_KIND, Step
+from rxt_platform.orchestration.plan import ARTIFACT_KIND, Step, last_trained
 from rxt_platform.storage.directory import Provenance, commit_directory, verify_directory
 from rxt_platform.training.distributed import use_cpus
 
@@ -17,11 +17,11 @@ def evaluate_run(config: RunConfig, plan: list[Step], step: Step) -> None:
     """Evaluate the plan's last model and commit `evaluation.json`."""
     started = time.monotonic()
     use_cpus(config.resources.cpus_per_worker)
-    trained = plan[-2].artifact
+    trained = last_trained(plan).artifact
     verify_directory(trained, "model")
-    # Memory pre-training's loss is a cosine, which counting tokens does not predict.
-    stages = [other for other in plan if other.stage is not None and other.stage.kind != "memory_pretraining"]
-    sections = {other.name: other.stage.section for other in stages if other.stage is not None}
+    # Counting tokens predicts what a decoder predicts, no cosine and no masked token.
+    stages = [(other.name, other.stage) for other in plan if other.stage is not None and not other.stateless]
+    sections = {name: stage.section for name, stage in stages if trains_without_memory(stage)}
     corpus, tokens, too_long = plan[0].artifact, plan[2].artifact, config.data.validation.too_long
     result = measure(trained, corpus, tokens, sections, config.evaluation, config.seed, too_long)
     recall = mean_recall(result["recall"])

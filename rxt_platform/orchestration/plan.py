@@ -1,8 +1,8 @@
 """The steps of a run and what identifies each of them: planned before anything is spent (DESIGN 7, 10).
 
-corpus → tokenizer → tokens → one training step for each stage → evaluation. A fingerprint covers a step's settings, its
-inputs' fingerprints, the seed and the code of the rooms it uses, never paths, hosts or worker counts; a finished
-artifact with the same fingerprint is reused.
+corpus → tokenizer → tokens → one training step for each stage (and each of the stateless baseline's, if there is one) →
+evaluation. A fingerprint covers a step's settings, its inputs' fingerprints, the seed and the code of the rooms it
+uses, never paths, hosts or worker counts; a finished artifact with the same fingerprint is reused.
 """
 
 import hashlib
@@ -14,10 +14,12 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-from rxt_platform.config.run import RunConfig
+from rxt_platform.config.model import ModelConfig
+from rxt_platform.config.run import BASELINE, RunConfig, trains_without_memory
 from rxt_platform.config.stages import StageConfig
 from rxt_platform.data.sources import source_identity
 from rxt_platform.errors import ArtifactError, ConfigError
+from rxt_platform.model.baseline import matched_baseline
 from rxt_platform.storage.directory import Manifest, content_hash, differences, read_manifest, verify_directory
 
 StepKind = Literal["corpus", "tokenizer", "tokens", "training", "evaluation"]
@@ -52,6 +54,7 @@ class Step:
     storage: Path
     stage: StageConfig | None = None
     start: Path | None = None  # the model directory that a step starts from, or takes the tokenizer of
+    stateless: bool = False  # a training step of the baseline
     fingerprint: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -95,16 +98,24 @@ def build_plan(config: RunConfig) -> list[Step]:
     start = _starting_model(config)
     tokenizer = _tokenizer_step(config, corpus, start)
     tokens = _tokens_step(config, corpus, tokenizer)
-    steps = [corpus, tokenizer, tokens]
+    origin = start and (start[0], start[1].content_sha256)
+    trained = list[Step]()
     for name, stage in config.stages.items():
-        before = steps[-1] if steps[-1].kind == "training" else None
-        origin = (before.artifact, before.fingerprint) if before else start and (start[0], start[1].content_sha256)
-        steps.append(_training_step(config, name, stage, tokens, origin))
-    inputs = {"corpus": corpus.fingerprint, "tokens": tokens.fingerprint, "model": steps[-1].fingerprint}
-    inputs |= {f"stages.{step.name}": step.fingerprint for step in steps[len(PREPARED) : -1]}
+        trained.append(_training_step(config, name, stage, tokens, origin))
+        origin = (trained[-1].artifact, trained[-1].fingerprint)
+    baseline = _baseline_steps(config, tokens)
+    inputs = {"corpus": corpus.fingerprint, "tokens": tokens.fingerprint, "model": trained[-1].fingerprint}
+    inputs |= {f"stages.{step.name}": step.fingerprint for step in trained[:-1]}
+    inputs |= {"baseline": baseline[-1].fingerprint} if baseline else {}
     too_long = config.data.validation.too_long
     spec = {**config.evaluation.model_dump(mode="json"), "seed": config.seed, "too_long": too_long}
-    return [*steps, Step("evaluation", "evaluation", spec, inputs, storage)]
+    evaluation = Step("evaluation", "evaluation", spec, inputs, storage)
+    return [corpus, tokenizer, tokens, *trained, *baseline, evaluation]
+
+
+def last_trained(plan: list[Step], stateless: bool = False) -> Step:
+    """The last training step of the model, or of the stateless baseline of a run that has one."""
+    return [step for step in plan if step.kind == "training" and step.stateless == stateless][-1]
 
 
 def storage_root(config: RunConfig) -> Path:
@@ -180,24 +191,47 @@ def _tokens_step(config: RunConfig, corpus: Step, tokenizer: Step) -> Step:
     return Step("tokens", "tokens", spec, inputs, corpus.storage)
 
 
+def _baseline_steps(config: RunConfig, tokens: Step) -> list[Step]:
+    """The stages that can be trained without memory, for a model of the same size."""
+    if config.baseline is None:
+        return []
+    model = matched_baseline(config.model, config.baseline.window)
+    steps, origin = list[Step](), None
+    for name, stage in config.stages.items():
+        if trains_without_memory(stage):
+            steps.append(_training_step(config, BASELINE + name, stage, tokens, origin, model))
+            origin = (steps[-1].artifact, steps[-1].fingerprint)
+    return steps
+
+
 def _training_step(
-    config: RunConfig, name: str, stage: StageConfig, tokens: Step, origin: tuple[Path, str] | None
+    config: RunConfig,
+    name: str,
+    stage: StageConfig,
+    tokens: Step,
+    origin: tuple[Path, str] | None,
+    stateless: ModelConfig | None = None,
 ) -> Step:
-    """A stage on top of the model at `origin` (its directory, and what identifies it), or of random weights."""
+    """A stage on top of the model at `origin` (its directory, and what identifies it), or of random weights.
+
+    With `stateless`, the baseline's shape, that is what trains; its rows have the name, so the order, of the model's.
+    """
     inputs = {"tokens": tokens.fingerprint}
     if origin is not None:
         inputs["model"] = origin[1]
     guard = config.training.spike_guard
     spec = {
-        "name": name,
+        "name": name.removeprefix(BASELINE),
         "stage": {key: value for key, value in stage.model_dump(mode="json").items() if key not in _NOT_IDENTITY},
-        "model": config.model.model_dump(mode="json"),
+        "model": (stateless or config.model).model_dump(mode="json"),
         "precision": config.training.precision,
         "spike_guard": guard and guard.model_dump(mode="json"),
         "seed": config.seed,
         "weights": [source.weight for source in getattr(config.data, stage.section)],
     }
-    return Step(name, "training", spec, inputs, tokens.storage, stage, origin and origin[0])
+    if stateless is not None:
+        spec |= {"stateless": True, "window": config.model.max_length}
+    return Step(name, "training", spec, inputs, tokens.storage, stage, origin and origin[0], stateless is not None)
 
 
 def _starting_model(config: RunConfig) -> tuple[Path, Manifest] | None:

@@ -20,7 +20,14 @@ from rxt_platform.evaluation.report import REPORT_FILES, Report, render_table, w
 from rxt_platform.model.parameters import measure_size
 from rxt_platform.orchestration import ray_jobs
 from rxt_platform.orchestration.evaluate import RESULT, evaluate_run
-from rxt_platform.orchestration.plan import PREPARED, Step, build_plan, in_temporary_copy, unfinished_others
+from rxt_platform.orchestration.plan import (
+    PREPARED,
+    Step,
+    build_plan,
+    in_temporary_copy,
+    last_trained,
+    unfinished_others,
+)
 from rxt_platform.orchestration.prepare import FERTILITY, prepare
 from rxt_platform.orchestration.progress import Console, HistoryFollower
 from rxt_platform.orchestration.steps import only_holder, remove_leftovers, stage_job
@@ -190,7 +197,7 @@ def _report(run: _Run, plan: list[Step], seconds: float) -> Report:
         "seed": run.config.seed,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "run_seconds": seconds,
-        "model": str(trained[-1].step.artifact),
+        "model": str(last_trained(plan).artifact),
         "versions": {"python": platform.python_version()}
         | {lib: importlib.metadata.version(lib) for lib in _LIBRARIES},
         "parameters": {name: count.parameters for name, count in size.components.items()}

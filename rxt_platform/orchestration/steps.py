@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
+from rxt_platform.config.model import ModelConfig
 from rxt_platform.config.run import RunConfig
 from rxt_platform.errors import BusyError, ConfigError
 from rxt_platform.orchestration.plan import ARTIFACT_KIND, Step
@@ -21,9 +22,11 @@ def stage_job(config: RunConfig, plan: list[Step], step: Step) -> StageJob:
     if step.stage is None:
         raise ConfigError(f"{step.name} is not a training step")
     return StageJob(
-        name=step.name,
+        name=step.spec["name"],
         stage=step.stage,
-        model=config.model,
+        model=ModelConfig.model_validate(step.spec["model"]),
+        stateless=step.stateless,
+        window=config.model.max_length,
         training=config.training,
         seed=config.seed,
         identity=step.fingerprint,

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -10,8 +10,11 @@ from torch import Tensor
 from rxt_platform.config.stages import Component, StageConfig
 from rxt_platform.data.batches import Batch
 from rxt_platform.data.sampler import BatchSampler
+from rxt_platform.model.baseline import StatelessTransformer
 from rxt_platform.model.flops import ForwardFlops
 from rxt_platform.model.transformer import ReactiveTransformer
+
+Model = ReactiveTransformer | StatelessTransformer
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class LossReport:
 
 
 class Stage(Protocol):
-    """A training stage over rows that are already token ids."""
+    """A training stage over rows that are already token ids, for the kind of model that it is made for."""
 
     @property
     def config(self) -> StageConfig:
@@ -73,7 +76,7 @@ class Stage(Protocol):
         """Which components train from which step on, the first from step 0."""
         ...
 
-    def loss(self, model: ReactiveTransformer, batch: Batch, phase: Phase) -> LossReport:
+    def loss(self, model: Any, batch: Batch, phase: Phase) -> LossReport:
         """Loss of a part of a global batch, with gradient to the components that `phase` trains."""
         ...
 
@@ -81,7 +84,7 @@ class Stage(Protocol):
         """FLOPs of `loss` and its backward pass on a part of a global batch, without what is computed again."""
         ...
 
-    def evaluate(self, model: ReactiveTransformer, batch: Batch, phase: Phase) -> LossReport:
+    def evaluate(self, model: Any, batch: Batch, phase: Phase) -> LossReport:
         """What `loss before` and `loss after` are: the stage's metrics on a part of a held-out batch."""
         ...
 

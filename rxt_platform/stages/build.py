@@ -11,17 +11,31 @@ from rxt_platform.config.stages import (
 )
 from rxt_platform.data.examples import Example
 from rxt_platform.data.sampler import BatchSampler, Sampling
+from rxt_platform.errors import ConfigError
 from rxt_platform.stages.base import Stage
 from rxt_platform.stages.joint import JointStage
 from rxt_platform.stages.memory_aware import MemoryAwareStage
 from rxt_platform.stages.memory_pretraining import MemoryPretrainingStage
+from rxt_platform.stages.stateless import StatelessStage
 
 
 def build_stage(
-    config: StageConfig, examples: Sequence[Example], seed: int, window: int, weights: Sequence[float] = ()
+    config: StageConfig,
+    examples: Sequence[Example],
+    seed: int,
+    window: int,
+    weights: Sequence[float] = (),
+    stateless: int | None = None,
 ) -> Stage:
-    """The stage over its training rows, for a model with a window of `window` tokens."""
+    """The stage over its training rows, for a model whose interactions have at most `window` tokens.
+
+    With `stateless` for the baseline without memory, whose history has at most so many; its batches are the same.
+    """
     sampler = BatchSampler(examples, sampling(config, seed, window, weights))
+    if stateless is not None:
+        if isinstance(config, MemoryPretrainingConfig):
+            raise ConfigError("memory pre-training has no counterpart without a memory")
+        return StatelessStage(config, sampler, stateless)
     if isinstance(config, JointPretrainingConfig | InteractionSFTConfig):
         return JointStage(config, sampler)
     if isinstance(config, MemoryPretrainingConfig):

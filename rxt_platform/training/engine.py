@@ -23,8 +23,8 @@ from rxt_platform.data.prefetch import prefetched
 from rxt_platform.data.sampler import BatchSampler
 from rxt_platform.errors import ResumeError, StoppedError, TrainingError
 from rxt_platform.model.flops import ForwardFlops
-from rxt_platform.model.transformer import ReactiveTransformer
-from rxt_platform.stages.base import LossReport, Phase, Stage
+from rxt_platform.model.layers import checkpoint_layers, compile_layers
+from rxt_platform.stages.base import LossReport, Model, Phase, Stage
 from rxt_platform.training import checkpoints
 from rxt_platform.training.checkpoints import ResumeState, Skipped
 from rxt_platform.training.distributed import on_rank_zero, raise_together
@@ -85,7 +85,7 @@ class TrainResult:
 class StageProgram(nn.Module):
     """A stage's loss as a module's forward, so that DeepSpeed sees every use of the parameters."""
 
-    def __init__(self, stage: Stage, model: ReactiveTransformer) -> None:
+    def __init__(self, stage: Stage, model: nn.Module) -> None:
         super().__init__()
         self.stage = stage
         self.model = model
@@ -99,7 +99,7 @@ class StageProgram(nn.Module):
 class Engine:
     """One stage's training: `run()` takes it from its newest checkpoint, or its start, to its end."""
 
-    def __init__(self, model: ReactiveTransformer, stage: Stage, settings: EngineSettings) -> None:
+    def __init__(self, model: Model, stage: Stage, settings: EngineSettings) -> None:
         training = settings.training
         self.stage, self.model, self.settings, self.training = stage, model, settings, training
         self.phases = stage.phases()
@@ -111,9 +111,9 @@ class Engine:
         micro = forward_rows(stage.config, stage.sampler, self.world, training, settings.device.type)
         flops = ForwardFlops.of(model)  # before ZeRO-3 cuts the parameters
         if training.activation_checkpointing:
-            model.checkpoint_layers()
+            checkpoint_layers(model)
         if training.compile:
-            model.compile_layers()
+            compile_layers(model)
         program = StageProgram(stage, model)
         forwards = stage.config.global_batch_size // self.world // micro
         self.strategy = Strategy(program, model, training, stage.config.optimizer, self.phases, forwards)

@@ -26,8 +26,10 @@ from rxt_platform.data.examples import Example
 from rxt_platform.data.shards import TokenShards
 from rxt_platform.data.tokenizer import RxtTokenizer
 from rxt_platform.errors import ArtifactError, TrainingError
-from rxt_platform.model.files import TOKENIZER, load_weights, save_model
+from rxt_platform.model.baseline import StatelessTransformer
+from rxt_platform.model.files import STATELESS, TOKENIZER, load_weights, save_model
 from rxt_platform.model.transformer import ReactiveTransformer
+from rxt_platform.stages.base import Model
 from rxt_platform.stages.build import build_stage, mask_probability
 from rxt_platform.storage.directory import Provenance, commit_directory, verify_directory
 from rxt_platform.training.distributed import (
@@ -55,6 +57,8 @@ class StageJob(Spec):
     name: str = Field(description="of the stage; part of the seed of its data order")
     stage: StageConfig
     model: ModelConfig
+    stateless: bool = Field(False, description="the model is the baseline without memory")
+    window: int = Field(description="tokens of one interaction, at most; of the baseline the model's window is larger")
     training: TrainingConfig
     seed: int
     identity: str = Field(description="fingerprint of the step")
@@ -117,16 +121,18 @@ def _train(job: StageJob, device: torch.device, watch: Watch, hooks: Hooks) -> M
     model = _starting_model(job).to(device)
     seed = derive_seed(job.seed, job.name)
     rows = TokenShards(job.tokens, job.stage.section, "train")
-    stage = build_stage(job.stage, rows, seed, job.model.max_length, job.weights)
+    history = job.model.max_length if job.stateless else None
+    stage = build_stage(job.stage, rows, seed, job.window, job.weights, history)
     held_out = TokenShards(job.tokens, job.stage.section, "validation")
     settings = EngineSettings(job.training, job.work, job.identity, job.provenance, device, watch)
     engine = Engine(model, stage, settings)
     result = engine.run(validation_batches(held_out, mask_probability(job.stage)), hooks)
     metrics = _summary(result)
+    architecture = STATELESS if job.stateless else "RxTAlpha"
 
     def commit() -> None:
         with commit_directory(job.output, MODEL_KIND, Provenance(job.provenance, job.parents, metrics)) as folder:
-            save_model(folder, job.model, result.state, tokenizer)
+            save_model(folder, job.model, result.state, tokenizer, architecture)
             shutil.copyfile(job.work / HISTORY, folder / "history.jsonl")
             for records in ("spans", "profile"):
                 if (job.work / records).exists():
@@ -134,7 +140,7 @@ def _train(job: StageJob, device: torch.device, watch: Watch, hooks: Hooks) -> M
             if result.best is not None:
                 found, weights = result.best
                 (folder / "best").mkdir()
-                save_model(folder / "best", job.model, weights, tokenizer)
+                save_model(folder / "best", job.model, weights, tokenizer, architecture)
                 (folder / "best" / "metrics.json").write_text(json.dumps(found, indent=1))
             if result.skipped:
                 (folder / "skipped.json").write_text(json.dumps([asdict(one) for one in result.skipped], indent=1))
@@ -156,9 +162,9 @@ def validation_batches(examples: Sequence[Example], mask_probability: float) -> 
     return batches
 
 
-def _starting_model(job: StageJob) -> ReactiveTransformer:
+def _starting_model(job: StageJob) -> Model:
     torch.manual_seed(derive_seed(job.seed, "weights"))
-    model = ReactiveTransformer(job.model)
+    model = StatelessTransformer(job.model) if job.stateless else ReactiveTransformer(job.model)
     if job.start is not None:
         verify_directory(job.start, MODEL_KIND)
         load_weights(model, job.start)

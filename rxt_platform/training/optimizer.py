@@ -3,14 +3,14 @@
 import math
 
 import torch
+from torch import nn
 
 from rxt_platform.config.stages import Component, OptimizerConfig
 from rxt_platform.model.parameters import component_of
-from rxt_platform.model.transformer import ReactiveTransformer
 from rxt_platform.stages.base import Phase
 
 
-def build_optimizer(model: ReactiveTransformer, config: OptimizerConfig, phases: list[Phase]) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, config: OptimizerConfig, phases: list[Phase]) -> torch.optim.Optimizer:
     """AdamW over the components that any phase trains; the others stop requiring gradients.
 
     A component that only a later phase trains keeps its group, at learning rate 0: ZeRO sets its partitions up once

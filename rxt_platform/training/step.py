@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rxt_platform.data.batches import Batch
 from rxt_platform.model.flops import ForwardFlops
+from rxt_platform.model.layers import rebalance
 from rxt_platform.stages.base import LossReport, Stage, phase_at
 from rxt_platform.training.guards import SpikeError, SpikeGuard
 from rxt_platform.training.measures import Metrics, StepClock
@@ -94,7 +95,7 @@ class StepRunner:
                 outcome.skipped = f"the gradient's norm is {norm}, the loss {metrics['objective']:.4g}"
                 return outcome
             if sums.usage is not None:
-                self.strategy.model.rebalance(sums.usage)
+                rebalance(self.strategy.model, sums.usage)
         outcome.metrics = {**metrics, **expert_load(sums.usage), "gradient_norm": norm, "learning_rate": rate}
         outcome.norms = {f"gradient_norm.{name}": value for name, value in by_component.items()}
         return outcome

@@ -1,11 +1,12 @@
 """A stage that has converged ends: at the same step however often it was killed, and as early as was asked for."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from rxt_platform.storage.directory import read_manifest
-from tests.support import Jobs
+from tests.support import Jobs, make_jobs
 
 pytestmark = pytest.mark.dist
 
@@ -35,10 +36,8 @@ def by_hand(history: list[dict[str, float]], threshold: float) -> int:
     raise AssertionError("never converged")
 
 
-def test_a_converged_stage_ends_early_and_a_killed_one_at_the_same_step(
-    straight_run: Jobs, new_jobs: Callable[..., Jobs], tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    straight, killed = new_jobs(*EARLY), new_jobs(*EARLY)
+def test_a_converged_stage_ends_early_and_a_killed_one_at_the_same_step(straight_run: Jobs, tmp_path: Path) -> None:
+    straight, killed = (make_jobs(tmp_path / name, *EARLY) for name in ("straight", "killed"))
     for jobs in (straight, killed):
         start = {"start": straight_run.jobs["memory_pretraining"].start}
         jobs.jobs["memory_pretraining"] = jobs.jobs["memory_pretraining"].model_copy(update=start)

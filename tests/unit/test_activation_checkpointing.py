@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from rxt_platform.data.batches import Batch
+from rxt_platform.model.layers import checkpoint_layers
 from rxt_platform.model.transformer import ReactiveTransformer
 from rxt_platform.stages.base import Phase, Stage
 from rxt_platform.training.optimizer import build_optimizer
@@ -21,7 +22,7 @@ def model_for(stage: Stage, checkpointed: bool) -> ReactiveTransformer:
     model = tiny_model(tiny_config(layers=LAYERS, max_length=24))
     build_optimizer(model, stage.config.optimizer, stage.phases())  # says what requires a gradient, as in the engine
     if checkpointed:
-        model.checkpoint_layers()
+        checkpoint_layers(model)
     return model
 
 

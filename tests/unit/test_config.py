@@ -1,5 +1,6 @@
 """Promises of the configuration: a mistake is named by its key and comes with the fix, before anything runs."""
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -428,3 +429,22 @@ def test_a_run_survives_being_written_as_json_and_read_again(runs: Runs) -> None
     run = runs.load()
     dumped: dict[str, Any] = run.model_dump(mode="json")
     assert RunConfig.model_validate(dumped) == run
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["baseline={window: 64}"], "baseline.window 64 is less than one interaction"),
+        (["baseline={}", "stages.pretraining.start_from={artifact: elsewhere}"], "leave out start_from"),
+        (["baseline={windows: 64}"], "baseline.windows"),
+        (["stages.pretraining.trains=encoder"], "loss.decoder_only has no effect with trains: encoder"),
+        (["stages.sft.early_stopping={every: 5, metric: recall}"], "early_stopping.metric 'recall' is not measured"),
+        (["stages.sft.early_stopping={}"], "early_stopping.every"),
+        (["stages.memory_aware.reset_probability=1.5"], "reset_probability"),
+        (["stages.memory_aware.memory_change_weight=-1"], "memory_change_weight"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_by_name(overrides: list[str], said: str) -> None:
+    quickstart = Path(__file__).parents[2] / "pipelines/configs/quickstart.yaml"
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        load_run(quickstart, ["stages.pretraining.loss.decoder_only=0.2", *overrides])

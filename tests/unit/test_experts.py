@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rxt_platform.config.model import ExpertsConfig
 from rxt_platform.model.feedforward import MixtureOfExperts, RealTokens, SwiGLU, balance_loss
+from rxt_platform.model.layers import mixtures, rebalance
 from tests.unit.helpers import padded, rows_of, tiny_config, tiny_model
 
 SEEDS = torch.tensor([5, 6, 7])
@@ -149,7 +150,7 @@ def test_the_model_s_usage_is_that_of_its_mixtures_in_their_order() -> None:
     decoder |= {"stateless_layers": ["dense", "moe"], "final_stateless_layers": ["moe", "dense"]}
     model = tiny_model(tiny_config(decoder=decoder))
     seen: list[Tensor] = []
-    for layer in model.mixtures():
+    for layer in mixtures(model):
         layer.register_forward_hook(lambda *call: seen.append(call[-1].usage))
     ids, mask = padded(rows_of(9, 4, 6))
     usage = model.decode_states(ids, mask, model.initial_memory(SEEDS)).usage
@@ -204,7 +205,7 @@ def test_balance_loss_of_a_row_ignores_other_rows_and_padding() -> None:
 
 def test_the_model_s_balance_is_the_mean_over_its_layers() -> None:
     model = tiny_model()
-    for layer in model.mixtures():
+    for layer in mixtures(model):
         layer.router.weight.data.zero_()  # all experts equally likely
     ids, mask = padded(rows_of(9, 4, 6))
     balance = model.decode_states(ids, mask, model.initial_memory(SEEDS)).balance
@@ -320,7 +321,7 @@ def test_only_mixtures_balanced_by_a_bias_are_rebalanced() -> None:
     by_bias = tiny_model(tiny_config(decoder={**base, "experts": {**experts, "balancing": "bias"}}))
     by_loss = tiny_model(tiny_config(decoder={**base, "experts": experts}))
     usage = torch.tensor([[9.0, 3.0, 3.0], [1.0, 2.0, 3.0]])
-    by_bias.rebalance(usage)
-    by_loss.rebalance(usage)
-    assert [layer.selection_steps.tolist() for layer in by_bias.mixtures()] == [[-1, 1, 1], [1, 0, -1]]
+    rebalance(by_bias, usage)
+    rebalance(by_loss, usage)
+    assert [layer.selection_steps.tolist() for layer in mixtures(by_bias)] == [[-1, 1, 1], [1, 0, -1]]
     assert dict(by_loss.named_buffers()) == {}

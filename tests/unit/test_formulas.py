@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from rxt_platform.config.model import AttentionConfig
 from rxt_platform.model.attention import Attention, RotaryEmbedding
 from rxt_platform.model.encoder import near_zero_memory
+from rxt_platform.model.layers import rebalance
 from rxt_platform.model.memory import ResidualGate
 from rxt_platform.model.transformer import ReactiveTransformer
 from tests.unit.helpers import gradients, padded, rows_of, tiny_model
@@ -285,7 +286,7 @@ def test_a_dense_decoder_has_nothing_to_balance() -> None:
     decoded = model.decode_states(ids, mask, model.initial_memory(torch.arange(2)))
     assert decoded.balance.tolist() == [0.0, 0.0]
     assert decoded.usage.shape[0] == 0
-    model.rebalance(decoded.usage)
+    rebalance(model, decoded.usage)
 
 
 def test_encoder_decoder_and_memory_attention_turn_by_the_rope_base() -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rxt_platform.config.model import ModelConfig
 from rxt_platform.data.tokenizer import ANSWER, BOS, EOS, QUERY
+from rxt_platform.model.layers import mixtures
 from rxt_platform.model.transformer import ReactiveTransformer
 from tests.unit.helpers import padded, rows_of, tiny_config, tiny_model
 
@@ -135,7 +136,7 @@ class Recomputed:
 def recomputed(name: str) -> Recomputed:
     model = tiny_model(CONFIGS[name], seed=3)
     model.decoder.head.bias.data[EOS] += 0.5  # some answers end before the window does
-    for layer in model.mixtures():
+    for layer in mixtures(model):
         if layer.config.balancing == "bias":
             layer.selection_steps += 50 * torch.arange(3)  # 0, 0.05, 0.1: changes who is chosen
     prompts = [[BOS, QUERY, *row, ANSWER] for row in rows_of(*LENGTHS, seed=3)]
