@@ -29,7 +29,7 @@ _ROOMS: dict[StepKind, tuple[str, ...]] = {
     "tokenizer": ("data",),
     "tokens": ("data",),
     "training": ("data", "model", "stages", "training"),
-    "evaluation": ("data", "model", "evaluation"),
+    "evaluation": ("data", "model", "rl", "evaluation"),
 }
 PREPARED: tuple[StepKind, ...] = ("corpus", "tokenizer", "tokens")
 """The steps before the first training step."""

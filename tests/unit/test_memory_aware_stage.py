@@ -12,6 +12,7 @@ from rxt_platform.model.parameters import component_of
 from rxt_platform.model.transformer import ReactiveTransformer
 from rxt_platform.stages.base import Phase, phase_at
 from rxt_platform.stages.memory_aware import turn_groups
+from rxt_platform.stages.memory_pretraining import squared_change
 from tests.unit.helpers import (
     FIRST_WORD,
     batch_of,
@@ -305,3 +306,11 @@ def test_a_curriculum_counts_turns_without_the_system_prompt() -> None:
     for settings, turns in (({}, 3), ({"system_prompts": False}, 2)):
         stage = stage_of("memory_aware", PROMPTED, curriculum=[{"turns": 2, "epochs": 1}], **settings)
         assert stage.sampler.global_batch(0).ids.shape[1] == turns
+
+
+def test_the_cost_of_a_change_pulls_the_new_memory_to_the_old_one_and_never_the_other_way() -> None:
+    old, new = (torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(i), requires_grad=True) for i in (1, 2))
+    squared_change(old, new, 4).sum().backward()
+    assert old.grad is None
+    assert new.grad is not None
+    torch.testing.assert_close(new.grad, 2 * 2 * (new - old).detach() / (2 * 4 * 5))

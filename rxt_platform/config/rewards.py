@@ -1,0 +1,74 @@
+"""What an answer is worth: the parts of the composite MRL reward and their weights (REF 4)."""
+
+from typing import Annotated, Self
+
+from pydantic import Field, model_validator
+
+from rxt_platform.config.base import Spec
+
+Factor = Annotated[float, Field(ge=0)]
+_TOLERANCE = 1e-9
+
+
+def _check_sum(names: str, total: float) -> None:
+    if abs(total - 1) > _TOLERANCE:
+        raise ValueError(f"{names} = {total:.10g}, but parts of a whole sum to 1: change the others too")
+
+
+class Parts(Spec):
+    """Factors that are parts of one whole: they must sum to 1."""
+
+    @model_validator(mode="after")
+    def _sum_to_one(self) -> Self:
+        parts: dict[str, float] = self.model_dump()
+        _check_sum(" + ".join(parts), sum(parts.values()))
+        return self
+
+
+class RewardWeights(Parts):
+    """The parts of the reward (w_B, w_C, w_L)."""
+
+    bleu: Factor = 0.4
+    cosine: Factor = Field(0.5, description="closeness in meaning")
+    length: Factor = Field(0.1, description="words of the answer, up to those of the reference")
+
+
+class BleuFactors(Parts):
+    """What the answer's BLEU is taken to."""
+
+    reference: Factor = Field(0.5, description="the reference answer")
+    saved: Factor = Field(0.5, description="the saved interaction: what the memory holds from the turn before")
+
+
+class FirstCosineFactors(Parts):
+    """What the first follow-up's answer is close to."""
+
+    saved: Factor = 0.5
+    reference: Factor = 0.5
+
+
+class LaterCosineFactors(Parts):
+    """What a later follow-up's answer is close to."""
+
+    saved: Factor = 0.5
+    reference: Factor = 0.3
+    running_mean: Factor = Field(0.2, description="the running mean of all saved interactions")
+
+
+class RewardConfig(Spec):
+    """Composite reward of a follow-up: scale * (w_B * BLEU + w_C * cosine + w_L * length), 0 to `scale`."""
+
+    weights: RewardWeights = RewardWeights()
+    bleu_weights: Annotated[tuple[Factor, ...], Field(min_length=1, max_length=4)] = Field(
+        (0.5, 0.5), description="of 1-grams, 2-grams, ...; they sum to 1"
+    )
+    bleu: BleuFactors = BleuFactors()
+    first_cosine: FirstCosineFactors = FirstCosineFactors()
+    later_cosine: LaterCosineFactors = LaterCosineFactors()
+    running_mean_decay: float = Field(0.2, ge=0, lt=1, description="share of the running mean that a turn keeps")
+    scale: float = Field(10.0, gt=0)
+
+    @model_validator(mode="after")
+    def _bleu_weights_sum_to_one(self) -> Self:
+        _check_sum("bleu_weights", sum(self.bleu_weights))
+        return self

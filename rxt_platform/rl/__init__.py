@@ -1,0 +1,1 @@
+"""Memory reinforcement learning: what an answer is worth. No Ray, no DeepSpeed."""
