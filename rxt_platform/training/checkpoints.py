@@ -84,6 +84,7 @@ class ResumeState:
     recent: list[float] = field(default_factory=list)  # losses that a spike is measured against
     totals: dict[str, Total] = field(default_factory=dict)  # of each kind of tensor
     plateau: Plateau = field(default_factory=Plateau)  # of the metric that may end the stage
+    tokens: int = 0  # real ones of all updates so far
 
     @classmethod
     def read(cls, directory: Path) -> "ResumeState":

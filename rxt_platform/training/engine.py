@@ -75,6 +75,7 @@ class TrainResult:
     before: Metrics
     after: Metrics
     steps: int
+    tokens: int  # real ones of all updates
     seconds: float
     resumed_from: int
     skipped: list[Skipped]
@@ -151,7 +152,9 @@ class Engine:
             with self.clock.part("evaluation"):
                 after = self.evaluate(validation)
                 weights = self.strategy.full_state()
-            result = TrainResult(dict(state.before), after, self.end, state.seconds, first, state.skipped, weights)
+            result = TrainResult(
+                dict(state.before), after, self.end, state.tokens, state.seconds, first, state.skipped, weights
+            )
             best = self.training.checkpoints.best
             if best is not None and self.rank == 0:
                 result.best = checkpoints.best_weights(self.directory, best, weights)
@@ -213,7 +216,7 @@ class Engine:
         training, began = self.training, time.monotonic()
         guard, plateau = SpikeGuard(training.spike_guard, state.recent), state.plateau
         stopping = self.stage.config.early_stopping
-        skipped, metrics = self.skipped, dict(state.metrics)
+        skipped, metrics, tokens = self.skipped, dict(state.metrics), state.tokens
         changes = {phase.start for phase in self.phases} | set(self.stage.sampler.changes)
         left_out = {one.step for one in skipped if one.step >= state.step}
 
@@ -230,6 +233,7 @@ class Engine:
                 skipped=list(skipped),
                 recent=guard.recent,
                 plateau=plateau,
+                tokens=tokens,
             )
 
         def save(done: int) -> None:
@@ -260,6 +264,7 @@ class Engine:
                         self._check_budget(skipped)
                 else:
                     guard.add(outcome.metrics["objective"])
+                    tokens += outcome.tokens
                     self.meter.add(outcome.metrics, outcome.tokens, outcome.flops)
                 if wishes.write_failed:
                     self._settle_writer()

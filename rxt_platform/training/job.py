@@ -176,6 +176,7 @@ def _summary(result: TrainResult) -> Metrics:
         **{f"{name}_before": value for name, value in result.before.items()},
         **{f"{name}_after": value for name, value in result.after.items()},
         "steps": result.steps,
+        "tokens": result.tokens,
         "seconds": result.seconds,
         "resumed_from_step": result.resumed_from,
         "skipped_batches": len(result.skipped),

@@ -108,7 +108,9 @@ def test_killed_run_ends_with_the_same_weights(straight_run: Jobs, new_jobs: Cal
     jobs.run_and_kill(stage, step=5)
     done = jobs.run(stage)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert read_manifest(jobs.jobs[stage].output).metrics["resumed_from_step"] >= 3
+    metrics = read_manifest(jobs.jobs[stage].output).metrics
+    assert metrics["resumed_from_step"] >= 3
+    assert metrics["tokens"] == read_manifest(straight_run.jobs[stage].output).metrics["tokens"] > 0
     assert jobs.weights_sha256(stage) == straight_run.weights_sha256(stage)
     history, straight = jobs.history(stage), straight_run.history(stage)
     assert [row["step"] for row in history] == [row["step"] for row in straight]
