@@ -11,11 +11,11 @@ from rxt_platform.data.rows import Conversation, Row, RowError
 from rxt_platform.data.tokenizer import (
     BOS,
     EOS,
-    INTERNAL,
     EncodedInteraction,
     RxtTokenizer,
     TooLongError,
     assemble,
+    assemble_system,
     interaction_texts,
 )
 
@@ -125,7 +125,7 @@ class RowEncoder:
     ) -> list[Example] | RowError:
         turns = []
         if system is not None:
-            opening = (BOS, INTERNAL, *system, EOS)
+            opening = tuple(assemble_system(system))
             if len(opening) > self.max_length and self.too_long != "truncate":
                 return RowError("system", f"too long: {len(opening)} tokens, the window is {self.max_length}")
             kept = opening[: self.max_length]

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
@@ -23,6 +23,9 @@ logger = logging.getLogger(__name__)
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[BOS]", "[EOS]", "[MASK]", "[Q]", "[A]", "[T]", "[C]", "[U]", "[I]")
 PAD, UNK, BOS, EOS, MASK, QUERY, ANSWER, THINK, CALL, TOOL, INTERNAL = range(11)
 _MARKER = re.compile(r"(\[[A-Z]+\])")
+
+ReplyPart = Literal["thoughts", "answer", "tool_call"]
+_PARTS: dict[int, ReplyPart] = {THINK: "thoughts", ANSWER: "answer", CALL: "tool_call"}
 
 
 @dataclass(frozen=True)
@@ -40,10 +43,10 @@ class EncodedInteraction:
 
 
 class TooLongError(DataError):
-    """A query that leaves no room for an answer; `reason` says so without the fix."""
+    """A query (or tool's result) that leaves no room for an answer; `reason` says so without the fix."""
 
-    def __init__(self, tokens: int, window: int) -> None:
-        self.reason = f"query of {tokens} tokens leaves no room for an answer in a window of {window}"
+    def __init__(self, tokens: int, window: int, what: str = "query") -> None:
+        self.reason = f"{what} of {tokens} tokens leaves no room for an answer in a window of {window}"
         super().__init__(f"{self.reason}: shorten it, or ask for truncation")
 
 
@@ -128,22 +131,37 @@ class RxtTokenizer:
         """Decodes an answer piece by piece."""
         return TextStream(self._tokenizer)
 
-    def encode_query(self, query: str, max_length: int | None = None, truncate: bool = False) -> list[int]:
-        """`[BOS][Q]query[A]`: what the model answers to.
+    def encode_query(
+        self, query: str, max_length: int | None = None, truncate: bool = False, tool: bool = False
+    ) -> list[int]:
+        """`[BOS][Q]query[A]`: what the model answers to; `[BOS][U]query[A]` if it is a `tool`'s result.
 
         With a `max_length`, a query that leaves no room for an answer raises DataError, or with `truncate` loses its
         end (a warning says how much) so that a quarter of the window is left. An empty query is a DataError.
         """
+        what, marker = ("tool result", TOOL) if tool else ("query", QUERY)
         if not query.strip():
-            raise DataError("empty query: there is nothing to answer")
+            raise DataError(f"empty {what}: there is nothing to answer")
         ids = self.encode(query)
         if max_length is not None and len(ids) + 3 >= max_length:
             if not truncate or max_length < 5:
-                raise TooLongError(len(ids), max_length)
+                raise TooLongError(len(ids), max_length, what)
             kept = max(1, max_length - 3 - max(1, max_length // 4))
-            logger.warning("query cut from %d to %d tokens: the window holds %d", len(ids), kept, max_length)
+            logger.warning("%s cut from %d to %d tokens: the window holds %d", what, len(ids), kept, max_length)
             ids = ids[:kept]
-        return [BOS, QUERY, *ids, ANSWER]
+        return [BOS, marker, *ids, ANSWER]
+
+    def encode_system(self, text: str, max_length: int) -> list[int]:
+        """`[BOS][I]text[EOS]`: a system prompt, as memory holds it before the first turn.
+
+        Raises DataError for one that is empty or has more than `max_length` tokens: half an instruction is another.
+        """
+        if not text.strip():
+            raise DataError("empty system prompt: leave it out, or say something in it")
+        ids = assemble_system(self.encode(text))
+        if len(ids) > max_length:
+            raise DataError(f"system prompt of {len(ids)} tokens: the window holds {max_length}, shorten it")
+        return ids
 
     def encode_marked(self, text: str) -> list[int]:
         """Ids of a text with markers in it, such as `[Q] Who are you? [A]`, after `[BOS]`; blanks around markers go.
@@ -169,6 +187,11 @@ class RxtTokenizer:
             raise DataError("empty query: there is nothing to answer")
         turn = Interaction(query, answer)
         return assemble(turn, [self.encode(text) for text in interaction_texts(turn)], max_length)
+
+
+def assemble_system(encoded: Sequence[int]) -> list[int]:
+    """A system prompt from its text's ids."""
+    return [BOS, INTERNAL, *encoded, EOS]
 
 
 def interaction_texts(turn: Interaction) -> list[str]:
@@ -258,3 +281,37 @@ class TextStream:
         text = str(self._tokenizer.decode(self._ids, skip_special_tokens=True))
         rest, self._shown = text[len(self._shown) :], text
         return rest
+
+
+@dataclass(frozen=True)
+class ReplyPiece:
+    """What one token adds to a reply's text, and to which part."""
+
+    part: ReplyPart
+    text: str
+
+
+class ReplyStream:
+    """The text of a reply, token by token, with its parts told apart.
+
+    `marker` is the one that the reply was opened with (it is in the prompt), `part` where the reply is now. Each part's
+    text is its own: it has no leading space, and a character does not go on across a marker.
+    """
+
+    def __init__(self, tokenizer: RxtTokenizer, marker: int = ANSWER) -> None:
+        self._tokenizer = tokenizer
+        self._text = tokenizer.stream()
+        self.part: ReplyPart = _PARTS[marker]
+
+    def push(self, token: int) -> ReplyPiece:
+        """What a further token adds; a marker that opens another part adds only what the part before it left over."""
+        part = _PARTS.get(token, self.part)
+        if part == self.part:
+            return ReplyPiece(part, self._text.push(token))
+        ended = self.end()
+        self.part, self._text = part, self._tokenizer.stream()
+        return ended
+
+    def end(self) -> ReplyPiece:
+        """What is left, if the reply (or its part) ended inside a character."""
+        return ReplyPiece(self.part, self._text.end())

@@ -6,6 +6,9 @@ model.share_components()
 model.init_stm_state(**model.tokenize_full_interaction("You are Tom.", "I am Tom.", max_seq_len=256))
 for token_id in model.interact(**model.tokenize_query("Who are you?"), max_seq_len=256, temperature=1.0):
     print(model.stringify_token(token_id), end="")      # token ids, then -1 (memory update starts) and -2 (done)
+
+A hybrid-reasoning model thinks first with `thinking_mode="extended"`, or where it sees fit ("auto"); `read_token` then
+tells thoughts, answer and tool call apart, and `tokenize_tool_result` gives it what the tool said.
 """
 
 import logging
@@ -18,16 +21,19 @@ import torch
 from torch import Tensor
 
 from rxt_platform.config.model import ModelConfig
-from rxt_platform.data.tokenizer import ANSWER, PAD, RxtTokenizer, TextStream
+from rxt_platform.data.tokenizer import ANSWER, PAD, ReplyPiece, ReplyStream, RxtTokenizer, TextStream
 from rxt_platform.errors import DataError, ModelError
 from rxt_platform.model import files
 from rxt_platform.model.generation import (
     BatchEvent,
     MemoryUpdated,
     MemoryUpdateStarted,
+    ThinkingMode,
     Tokens,
     check_written,
     interact_batch,
+    open_reply,
+    right_padded,
 )
 from rxt_platform.model.parameters import measure_size
 from rxt_platform.model.pretrained import PretrainedModel, checked_ids
@@ -75,6 +81,8 @@ class RxTAlpha(PretrainedModel):
         self._version = 0
         self.stepper: Stepper | None = None
         self._stream: TextStream | None = None
+        self._reply: ReplyStream | None = None
+        self._markers = [ANSWER]
         self.reset_stm_state()
 
     @classmethod
@@ -95,7 +103,7 @@ class RxTAlpha(PretrainedModel):
     def set_tokenizer(self, tokenizer: RxtTokenizer) -> None:
         """Use this tokenizer from now on."""
         super().set_tokenizer(tokenizer)
-        self._stream = None
+        self._stream = self._reply = None
 
     def settings(self) -> dict[str, Any]:
         """What `config.json` holds."""
@@ -188,6 +196,12 @@ class RxTAlpha(PretrainedModel):
             logger.warning("the interaction was cut to the window of %d tokens", len(encoded.ids))
         return self._encoded([list(encoded.ids)], device)
 
+    def tokenize_system_prompt(
+        self, text: str, max_seq_len: int | None = None, device: torch.device | str | None = None
+    ) -> Encoded:
+        """`[BOS][I]text[EOS]` [1, T], for `init_stm_state`. An empty text, or one that does not fit, is a DataError."""
+        return self._encoded([self.own_tokenizer().encode_system(text, self._window(max_seq_len))], device)
+
     def tokenize_query(
         self,
         text: str,
@@ -201,6 +215,17 @@ class RxTAlpha(PretrainedModel):
         """
         return self.tokenize_batch([text], max_seq_len, device, truncation)
 
+    def tokenize_tool_result(
+        self,
+        text: str,
+        max_seq_len: int | None = None,
+        device: torch.device | str | None = None,
+        truncation: bool = False,
+    ) -> Encoded:
+        """`[BOS][U]text` [1, T]: what a tool that the model called has to say, in place of a query."""
+        ids = self.own_tokenizer().encode_query(text, self._window(max_seq_len), truncation, tool=True)
+        return self._encoded([ids[:-1]], device)
+
     def tokenize_batch(
         self,
         texts: Sequence[str],
@@ -208,7 +233,7 @@ class RxTAlpha(PretrainedModel):
         device: torch.device | str | None = None,
         truncation: bool = False,
     ) -> Encoded:
-        """The same for several texts, right-padded: [B, T]."""
+        """`tokenize_query` for several texts, right-padded: [B, T]."""
         if not texts:
             raise DataError("no texts to tokenize")
         tokenizer, window = self.own_tokenizer(), self._window(max_seq_len)
@@ -224,6 +249,22 @@ class RxTAlpha(PretrainedModel):
         if token_id == UPDATE_STARTED:
             return self._stream.end()
         return self._stream.push(token_id) if token_id >= 0 else ""
+
+    def read_token(self, token_id: int) -> ReplyPiece:
+        """What `stringify_token` says, with the part of the reply that it belongs to, each part's text for itself.
+
+        Of a batch, a `ReplyStream` for each of `reply_markers` does the same.
+        """
+        if self._reply is None:
+            self._reply = ReplyStream(self.own_tokenizer(), self._markers[0])
+        if token_id == UPDATE_STARTED:
+            return self._reply.end()
+        return self._reply.push(token_id) if token_id >= 0 else ReplyPiece(self._reply.part, "")
+
+    @property
+    def reply_markers(self) -> list[int]:
+        """The markers, `[A]` or `[T]`, that the replies of the last turn were opened with: B ids."""
+        return list(self._markers)
 
     def stringify_batch(self, generated_ids: Tensor, attention_mask: Tensor | None = None) -> list[str]:
         """Texts of generated ids [B, T]."""
@@ -243,11 +284,14 @@ class RxTAlpha(PretrainedModel):
         top_p: float | None = None,
         use_self_attn_cache: bool = True,
         seed: int | None = None,
+        thinking_mode: ThinkingMode = "fast",
     ) -> Iterator[int]:
         """Answer `[BOS][Q]text` [1, T] and write query and answer into the memory.
 
         Yields token ids up to `[EOS]` or the end of the window, -1 when the memory update starts and -2 when it is
-        done. Sampling follows `seed`, or torch's global generator without one; temperature 0 is greedy. Tokens are the
+        done. `thinking_mode` "fast" asks for the answer at once, "extended" for thoughts first, "auto" lets the model
+        choose; the marker that opens the reply (`reply_markers`) belongs to the prompt and is not yielded, but written.
+        Sampling follows `seed`, or torch's global generator without one; temperature 0 is greedy. Tokens are the
         same with and without a cache, so there always is one, whatever `use_self_attn_cache` says.
         """
         if self._batch != 1:
@@ -256,7 +300,7 @@ class RxTAlpha(PretrainedModel):
             )
         seeds = None if seed is None else [seed]
         for ids in self.batch_interact(
-            input_ids, attention_mask, max_seq_len, temperature, top_k, top_p, use_self_attn_cache, seeds
+            input_ids, attention_mask, max_seq_len, temperature, top_k, top_p, use_self_attn_cache, seeds, thinking_mode
         ):
             yield ids[0]
 
@@ -270,9 +314,12 @@ class RxTAlpha(PretrainedModel):
         top_p: float | None = None,
         use_self_attn_cache: bool = True,
         seeds: Sequence[int] | None = None,
+        thinking_mode: ThinkingMode = "fast",
     ) -> Iterator[list[int]]:
         """The same for a batch [B, T]: yields B ids (`[PAD]` = 0 in rows that have ended), then B times -1 and -2."""
-        for event in self._turn(input_ids, attention_mask, max_seq_len, temperature, top_k, top_p, seeds):
+        for event in self._turn(
+            input_ids, attention_mask, max_seq_len, temperature, top_k, top_p, seeds, thinking_mode
+        ):
             if isinstance(event, Tokens):
                 yield [PAD if token is None else token for token in event.ids]
             else:
@@ -287,12 +334,13 @@ class RxTAlpha(PretrainedModel):
         top_k: int | None = None,
         top_p: float | None = None,
         seeds: Sequence[int] | None = None,
+        thinking_mode: ThinkingMode = "fast",
     ) -> tuple[Tensor, Tensor]:
         """Answer a batch [B, T] and write the memories.
 
         Returns the answers' ids [B, N], right-padded, and their mask [B, N].
         """
-        events = self._turn(input_ids, attention_mask, max_seq_len, temperature, top_k, top_p, seeds)
+        events = self._turn(input_ids, attention_mask, max_seq_len, temperature, top_k, top_p, seeds, thinking_mode)
         steps = [event.ids for event in events if isinstance(event, Tokens)]
         ids = [[PAD if token is None else token for token in row] for row in zip(*steps, strict=True)]
         real = [[token is not None for token in row] for row in zip(*steps, strict=True)]
@@ -307,18 +355,21 @@ class RxTAlpha(PretrainedModel):
         top_k: int | None,
         top_p: float | None,
         seeds: Sequence[int] | None,
+        thinking_mode: ThinkingMode,
     ) -> Iterator[BatchEvent]:
         """One turn of every conversation; at its end the memory is the written one."""
         ids, mask = self._rows(input_ids, attention_mask)
-        prompts = [[*row[real].tolist(), ANSWER] for row, real in zip(ids, mask, strict=True)]
+        asked = [row[real].tolist() for row, real in zip(ids, mask, strict=True)]
         window = self._window(max_seq_len)
-        if (longest := max(map(len, prompts))) >= window:
+        if (longest := 1 + max(map(len, asked))) >= window:
             raise DataError(f"a prompt of {longest} tokens leaves no room for an answer in a window of {window}")
+        prompts = open_reply(self.model, asked, self.memory, thinking_mode)
         if seeds is None:
             seeds = torch.randint(2**62, (len(prompts),)).tolist()
         options = SamplingOptions(temperature, 1.0 if top_p is None else top_p, top_k=top_k)
         limits = [window - len(prompt) for prompt in prompts]
-        self._stream = None
+        self._stream = self._reply = None
+        self._markers = [prompt[-1] for prompt in prompts]
         self._set(self.memory)
         mine = self._version
         for event in interact_batch(self.model, prompts, self.memory, options, seeds, limits, self.stepper):
@@ -339,14 +390,9 @@ class RxTAlpha(PretrainedModel):
         return usable_window(self.model.config, max_seq_len)
 
     def _encoded(self, rows: list[list[int]], device: torch.device | str | None) -> Encoded:
-        longest = max(map(len, rows))
         place = self.model.embedding.weight.device if device is None else device
-        ids = torch.tensor([[*row, *[PAD] * (longest - len(row))] for row in rows], device=place)
-        lengths = torch.tensor([len(row) for row in rows], device=place)
-        return {
-            "input_ids": ids,
-            "attention_mask": torch.arange(longest, device=place) < lengths[:, None],
-        }
+        ids, mask = right_padded(rows, torch.tensor([len(row) for row in rows], device=place))
+        return {"input_ids": ids, "attention_mask": mask}
 
     def _rows(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Ids and mask for every conversation, on the model's device; one row is taken for all of them."""

@@ -2,20 +2,24 @@
 
 Every conversation of a batch has its own prompt, memory, seed and end, and is answered as it would be alone. The prompt
 goes through the decoder once, the memory's keys and values are projected once, and each token then costs one step.
+How a reply begins, with its answer or with thoughts, is the marker that `open_reply` puts at the prompt's end.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from rxt_platform.config.model import ModelConfig
-from rxt_platform.data.tokenizer import PAD
+from rxt_platform.data.tokenizer import ANSWER, PAD, THINK
 from rxt_platform.errors import DataError, ModelError
 from rxt_platform.model.sampling import GREEDY, NOT_FINITE, SamplingOptions, choose, uniform_draws
 from rxt_platform.model.stepper import LanguageModel, Stepper
 from rxt_platform.model.transformer import ReactiveTransformer
+
+ThinkingMode = Literal["fast", "extended", "auto"]
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,34 @@ BatchEvent = Tokens | MemoryUpdateStarted | MemoryUpdated
 
 
 @torch.no_grad()
+def open_reply(
+    model: LanguageModel, prompts: Sequence[Sequence[int]], memory: Tensor | None, mode: ThinkingMode
+) -> list[list[int]]:
+    """The prompts (`[BOS][Q]query` ids of any lengths) with the marker at their end that their replies open with.
+
+    "fast" is `[A]`: the answer at once. "extended" is `[T]`: thoughts first, whose end the model marks itself. "auto"
+    costs a pass over the prompts and memory [L, B, S, D]: each row gets the marker that is the likelier one after it
+    (`[A]` if both are equally likely), once for its whole reply. Raises what `generate` does, and DataError for another
+    mode.
+    """
+    if mode not in get_args(ThinkingMode):
+        raise DataError(f"thinking mode {mode!r}: one of {', '.join(get_args(ThinkingMode))}")
+    _check_prompts(model.config, prompts, markers=1)
+    if mode != "auto":
+        return [[*prompt, ANSWER if mode == "fast" else THINK] for prompt in prompts]
+    _check_memory(model, memory, len(prompts))
+    at = torch.tensor([len(prompt) for prompt in prompts], device=model.embedding.weight.device)
+    ids, mask = right_padded(prompts, at)
+    states, *_ = model.decoder(model.embedding(ids), mask, memory)
+    logits = model.decoder.head(states[torch.arange(len(prompts), device=at.device), at - 1])
+    finite = logits.isfinite().all(dim=-1).tolist()
+    if not all(finite):
+        raise _not_finite(finite.index(False), "the marker")
+    thinks = (logits[:, THINK] > logits[:, ANSWER]).tolist()
+    return [[*prompt, THINK if first else ANSWER] for prompt, first in zip(prompts, thinks, strict=True)]
+
+
+@torch.no_grad()
 def generate(
     model: LanguageModel,
     prompts: Sequence[Sequence[int]],
@@ -61,20 +93,18 @@ def generate(
 ) -> Iterator[list[int | None]]:
     """Answer a batch of prompts (`[BOS][Q]query[A]` ids of any lengths) over `memory` [L, B, S, D] (None without one).
 
-    Yields, for every step, each row's next token, None where the row has ended. A row ends after a stop token, when the
-    model's window is full, or after `max_new_tokens`, its own of `limits` if given. Raises DataError for a prompt that
-    is empty, leaves no room to answer or holds ids that the model does not have, ModelError for a memory that is not
-    this model's and for logits that are not finite.
+    A reply that begins with thoughts is asked for by another marker, see `open_reply`. Yields, for every step, each
+    row's next token, None where the row has ended. A row ends after a stop token, when the model's window is full, or
+    after `max_new_tokens`, its own of `limits` if given. Raises DataError for a prompt that is empty, leaves no room to
+    answer or holds ids that the model does not have, ModelError for a memory that is not this model's and for logits
+    that are not finite.
     """
     rows, window = len(prompts), model.config.max_length
     for name, given in (("seeds", seeds), ("limits", limits)):
         if given is not None and len(given) != rows:
             raise DataError(f"{len(given)} {name} for {rows} prompts: give each its own")
     ends = _last_lengths(model.config, prompts, options, limits)
-    if isinstance(model, ReactiveTransformer):
-        if memory is None:
-            raise ModelError("a Reactive Transformer answers over a memory: pass model.initial_memory(seeds)")
-        model.check_memory(memory, rows)
+    _check_memory(model, memory, rows)
     stepper = stepper or Stepper(model)
     device = model.embedding.weight.device
     draws = uniform_draws([options.seed + row for row in range(rows)] if seeds is None else seeds, options, window).to(
@@ -83,7 +113,7 @@ def generate(
 
     lengths = [len(prompt) for prompt in prompts]
     at = torch.tensor(lengths, device=device)
-    ids, mask = _right_padded(prompts, at)
+    ids, mask = right_padded(prompts, at)
     cache = stepper.start(memory, rows, max(ends))
     states = model.decoder.prefill(model.embedding(ids), mask, cache)
     last = states[torch.arange(rows, device=device), at - 1]
@@ -93,10 +123,7 @@ def generate(
         tokens = chosen.tolist()
         broken = [row for row, token in enumerate(tokens) if alive[row] and token == NOT_FINITE]
         if broken:
-            raise ModelError(
-                f"row {broken[0]}: the logits of token {turn} are not finite: the weights or the "
-                "memory hold NaN or infinity"
-            )
+            raise _not_finite(broken[0], f"token {turn}")
         yield [token if live else None for token, live in zip(tokens, alive, strict=True)]
         lengths = [length + 1 for length in lengths]
         alive = [
@@ -123,26 +150,42 @@ def _last_lengths(
     config: ModelConfig, prompts: Sequence[Sequence[int]], options: SamplingOptions, limits: Sequence[int] | None
 ) -> list[int]:
     """Of each row, how long prompt and answer may get together. Raises DataError for prompts that can't be answered."""
-    if not prompts:
-        raise DataError("no prompts to answer")
+    _check_prompts(config, prompts)
     ends = []
     for row, prompt in enumerate(prompts):
-        if not prompt:
-            raise DataError(f"prompt {row} is empty")
-        if len(prompt) >= config.max_length:
-            raise DataError(
-                f"prompt {row} has {len(prompt)} tokens: no room to answer in a window of {config.max_length}"
-            )
-        if not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
-            raise DataError(
-                f"prompt {row} holds token id {max(prompt) if min(prompt) >= 0 else min(prompt)}: the model knows "
-                f"0 to {config.vocab_size - 1}; it was made with another tokenizer"
-            )
         limit = options.max_new_tokens if limits is None else limits[row]
         if limit is not None and limit < 1:
             raise DataError(f"limit {limit} of prompt {row}: must be 1 token or more")
         ends.append(config.max_length if limit is None else min(config.max_length, len(prompt) + limit))
     return ends
+
+
+def _check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int]], markers: int = 0) -> None:
+    """Raises DataError for prompts that can't be answered, with so many `markers` still to come to each."""
+    if not prompts:
+        raise DataError("no prompts to answer")
+    for row, prompt in enumerate(prompts):
+        if not prompt:
+            raise DataError(f"prompt {row} is empty")
+        if (length := len(prompt) + markers) >= config.max_length:
+            raise DataError(f"prompt {row} has {length} tokens: no room to answer in a window of {config.max_length}")
+        if not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
+            raise DataError(
+                f"prompt {row} holds token id {max(prompt) if min(prompt) >= 0 else min(prompt)}: the model knows "
+                f"0 to {config.vocab_size - 1}; it was made with another tokenizer"
+            )
+
+
+def _check_memory(model: LanguageModel, memory: Tensor | None, rows: int) -> None:
+    """Raises ModelError unless the memory [L, B, S, D] is one that the model can answer `rows` prompts over."""
+    if isinstance(model, ReactiveTransformer):
+        if memory is None:
+            raise ModelError("a Reactive Transformer answers over a memory: pass model.initial_memory(seeds)")
+        model.check_memory(memory, rows)
+
+
+def _not_finite(row: int, what: str) -> ModelError:
+    return ModelError(f"row {row}: the logits of {what} are not finite: the weights or the memory hold NaN or infinity")
 
 
 def answer_batch(
@@ -182,7 +225,7 @@ def interact_batch(
         yield Tokens(step)
     yield MemoryUpdateStarted()
     device = memory.device
-    ids, mask = _right_padded(interactions, torch.tensor([len(row) for row in interactions], device=device))
+    ids, mask = right_padded(interactions, torch.tensor([len(row) for row in interactions], device=device))
     written = model.write(memory, ids, mask if len(interactions) > 1 else None)
     check_written(written)
     yield MemoryUpdated(written, float((written - memory).norm() / memory.norm()))
@@ -211,8 +254,8 @@ def interact(
             yield event
 
 
-def _right_padded(rows: Sequence[Sequence[int]], lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """Ids and mask [B, T]."""
+def right_padded(rows: Sequence[Sequence[int]], lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Ids and mask [B, T] of rows that are so long (`lengths` [B], on the device that they go to)."""
     longest = max(map(len, rows))
     ids = torch.tensor([[*row, *[PAD] * (longest - len(row))] for row in rows], device=lengths.device)
     return ids, torch.arange(longest, device=lengths.device) < lengths[:, None]

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
-from rxt_platform.data.rows import Interaction
+from rxt_platform.data.examples import RowEncoder
+from rxt_platform.data.rows import Conversation, Interaction
 from rxt_platform.data.tokenizer import (
     ANSWER,
     BOS,
@@ -19,6 +20,8 @@ from rxt_platform.data.tokenizer import (
     THINK,
     TOOL,
     EncodedInteraction,
+    ReplyPiece,
+    ReplyStream,
     RxtTokenizer,
     TooLongError,
     assemble,
@@ -231,6 +234,55 @@ def test_streamed_text_is_the_decoded_text_whatever_the_tokens() -> None:
         assert "".join(pieces) + rest == tokenizer.decode(ids), ids
 
 
+# ---- parts of a running reply
+
+
+def read(ids: list[int], marker: int) -> list[tuple[str, str]]:
+    """Parts and texts of a reply, what follows of the same part joined."""
+    stream = ReplyStream(word_tokenizer(), marker)
+    joined: list[tuple[str, str]] = []
+    for piece in [*map(stream.push, ids), stream.end()]:
+        if joined and joined[-1][0] == piece.part:
+            joined[-1] = (piece.part, joined[-1][1] + piece.text)
+        else:
+            joined.append((piece.part, piece.text))
+    return joined
+
+
+def test_the_parts_of_a_reply_are_told_apart_and_each_text_is_its_own() -> None:
+    tokenizer = word_tokenizer()
+    think, answer, call = (tokenizer.encode(text) for text in ("Tom has a hat.", "  Zażółć 🐈", "find hat"))
+    whole = [*think, ANSWER, *answer, CALL, *call, EOS]
+    thoughts, told, called = ("thoughts", "Tom has a hat."), ("answer", "  Zażółć 🐈"), ("tool_call", "find hat")
+    assert read(whole, THINK) == [thoughts, told, called]
+    assert read([*answer, EOS], ANSWER) == [told]
+    assert read([*think, CALL, *call, EOS], THINK) == [thoughts, called]
+    assert read([*call, EOS], CALL) == [called]
+    assert read([*answer, THINK, *think, ANSWER, *answer], ANSWER) == [told, thoughts, told]
+
+
+def test_a_part_without_words_is_there_all_the_same() -> None:
+    assert read([ANSWER, EOS], THINK) == [("thoughts", ""), ("answer", "")]
+    assert read([], ANSWER) == [("answer", "")]
+
+
+def test_a_marker_of_the_part_that_is_running_changes_nothing() -> None:
+    hat, tom = (word_tokenizer().encode(text) for text in ("a hat", "Tom"))
+    assert read([*hat, THINK, *tom], THINK) == [("thoughts", "a hat Tom")]
+    assert read([*hat, PAD, QUERY, *tom], ANSWER) == [("answer", "a hat Tom")], "nor does any other special token"
+
+
+def test_a_character_cut_by_a_marker_stays_in_its_part() -> None:
+    cat, tom = word_tokenizer().encode("a 🐈"), word_tokenizer().encode("Tom")
+    stream = ReplyStream(word_tokenizer(), THINK)
+    pieces = [stream.push(token) for token in [*cat[:-1], ANSWER, *tom]]
+    assert {piece.part for piece in pieces[: len(cat)]} == {"thoughts"}
+    assert set(pieces[len(cat) - 1].text) == {"\ufffd"}
+    assert pieces[len(cat) :] == [ReplyPiece("answer", "Tom")]
+    assert stream.part == "answer"
+    assert stream.end() == ReplyPiece("answer", "")
+
+
 # ---- files
 
 
@@ -314,3 +366,45 @@ def test_instructions_lose_their_end_before_the_query_does() -> None:
     assert list(made.ids[made.answer_start - len(query) - 1 : made.answer_start]) == [QUERY, *query]
     assert made.ids[:2] == (BOS, INTERNAL)
     assert 32 - made.answer_start >= 8
+
+
+def test_a_tool_s_result_is_put_as_in_training() -> None:
+    tokenizer = word_tokenizer()
+    made = ids_of(Interaction("red hat", "Tom has.", None, True, from_tool=True), tokenizer)
+    assert tokenizer.encode_query("red hat", tool=True) == [*made.ids[: made.answer_start], ANSWER]
+    assert tokenizer.encode_query("red hat", 64, tool=True)[:2] == [BOS, TOOL]
+
+
+def test_a_tool_s_result_is_named_as_such_where_it_does_not_do(caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer, text = word_tokenizer(), "Lily likes cake and plays near the lake. " * 9
+    ids = tokenizer.encode(text)
+    with pytest.raises(DataError, match="empty tool result: there is nothing to answer"):
+        tokenizer.encode_query(" \n", tool=True)
+    with pytest.raises(
+        TooLongError, match=f"tool result of {len(ids)} tokens leaves no room for an answer in a window of 12"
+    ):
+        tokenizer.encode_query(text, 12, tool=True)
+    cut = tokenizer.encode_query(text, 12, truncate=True, tool=True)
+    assert cut == [BOS, TOOL, *ids[:6], ANSWER]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"tool result cut from {len(ids)} to 6 tokens: the window holds 12"
+    ]
+
+
+def test_a_system_prompt_is_what_training_writes_before_the_first_turn() -> None:
+    tokenizer, text = word_tokenizer(), "Tom has a red hat. [A]"
+    talk = Conversation((Interaction("What has Tom?", "A hat."),), text)
+    ((example,),) = RowEncoder(tokenizer, 64).encode([talk])  # type: ignore[misc]
+    assert tokenizer.encode_system(text, 64) == list(example.turns[0])
+    assert tokenizer.encode_system(text, 64) == [BOS, INTERNAL, *tokenizer.encode(text), EOS]
+
+
+def test_a_system_prompt_that_is_empty_or_too_long_is_a_data_error() -> None:
+    tokenizer = word_tokenizer()
+    size = len(tokenizer.encode("Be kind.")) + 3
+    assert len(tokenizer.encode_system("Be kind.", size)) == size
+    with pytest.raises(DataError, match=f"system prompt of {size} tokens: the window holds {size - 1}, shorten it"):
+        tokenizer.encode_system("Be kind.", size - 1)
+    for text in ("", " \n"):
+        with pytest.raises(DataError, match="empty system prompt"):
+            tokenizer.encode_system(text, 64)
