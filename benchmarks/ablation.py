@@ -51,6 +51,8 @@ BASE = [
 LAST = "memory_aware"
 CONVERSATIONS, TURNS = 600, 9
 DISTANCES = (1, 2, 4, 8)
+Run = list[tuple[int, int, bool, bool]]
+"""A model's questions: conversation, distance, whether it was right, and whether with the memory reset."""
 
 
 @dataclass(frozen=True)
@@ -163,13 +165,16 @@ def measure(seed: int, model: Path, file: Path) -> None:
     unfinished.rename(file)
 
 
-def recall_at(runs: Sequence[list[list[int]]], distance: int) -> dict[str, Any]:
+def recall_at(runs: Sequence[Run], distance: int) -> dict[str, Any]:
     """Recall and gain at a distance over all seeds' runs, with 95 % intervals from resampled conversations.
 
     `seeds` is each seed's own recall.
     """
     asked = [
-        (number * CONVERSATIONS + conversation, Question(distance, None, None, bool(right), bool(reset), None))
+        (
+            number * CONVERSATIONS + conversation,
+            Question(distance, task=None, long_range=None, told_by_user=None, right=right, reset=reset, own=None),
+        )
         for number, run in enumerate(runs)
         for conversation, far, right, reset in run
         if far == distance
@@ -217,7 +222,7 @@ def main(storage: Path, seeds: int, parallel: int, arms: tuple[str, ...], json_f
     with ProcessPoolExecutor(parallel, multiprocessing.get_context("spawn")) as processes:
         for done in [processes.submit(measure, *one) for one in missing]:
             done.result()
-    runs: defaultdict[str, list[list[list[int]]]] = defaultdict(list)
+    runs: defaultdict[str, list[Run]] = defaultdict(list)
     for (arm, _), file in zip(tasks, files, strict=True):
         runs[arm].append(json.loads(file.read_text()))
     results = {arm: {str(far): recall_at(found, far) for far in DISTANCES} for arm, found in runs.items()}
