@@ -3,9 +3,9 @@
 Thin: every command is a function of a lower floor, imported when needed.
 """
 
+import io
 import json
 import logging
-import os
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rxt_platform.cli_data import data
-from rxt_platform.errors import ConfigError, DataError, RxtError, StoppedError
+from rxt_platform.cli_eval import evaluate, use_threads
+from rxt_platform.errors import DataError, RxtError, StoppedError
 
 if TYPE_CHECKING:
     from rxt_platform.config.run import RunConfig
     from rxt_platform.model.alpha import RxTAlpha
+    from rxt_platform.model.generation import ThinkingMode
     from rxt_platform.model.sampling import SamplingOptions
 
 
@@ -56,28 +58,6 @@ def plan(config: str, overrides: tuple[str, ...], as_json: bool) -> None:
         click.echo(f"{row['step']:<22} {row['state']:<12} {row['why']}".rstrip())
 
 
-@rxt.command("eval")
-@click.argument("model")
-@click.option("--data", required=True, help="JSON lines: {query, answer, interactions: [{query, answer}, ...]}.")
-@click.option("--limit", type=click.IntRange(min=1), help="Use only the first conversations.")
-@click.option(
-    "--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of the initial memories."
-)
-@click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
-def evaluate(model: str, data: str, limit: int | None, seed: int, as_json: bool) -> None:
-    """Measure MODEL on a conversation file: answer tokens and recall, with memory and with memory reset."""
-    from dataclasses import asdict
-
-    from rxt_platform.data.sources import read_conversations
-    from rxt_platform.evaluation.conversations import evaluate_conversations
-    from rxt_platform.evaluation.report import render_evaluation
-
-    talks = read_conversations(data)[:limit]
-    held = _model(model)
-    result = asdict(evaluate_conversations(held.model, held.own_tokenizer(), talks, seed))
-    click.echo(json.dumps(result, indent=2) if as_json else render_evaluation(result))
-
-
 @rxt.command()
 @click.argument("model")
 @click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True)
@@ -87,46 +67,90 @@ def evaluate(model: str, data: str, limit: int | None, seed: int, as_json: bool)
 @click.option(
     "--truncate", is_flag=True, help="Cut a message that is too long, with a warning, instead of refusing it."
 )
-def chat(model: str, temperature: float, top_p: float, top_k: int | None, seed: int, truncate: bool) -> None:
-    """Talk to MODEL. Each answer is followed by a memory write; /reset forgets, /quit (or Ctrl-D) ends."""
+@click.option(
+    "--thinking",
+    type=click.Choice(["fast", "extended", "auto"]),
+    default="fast",
+    show_default=True,
+    help="Answer at once, think first, or as the model sees fit.",
+)
+@click.option("--system", metavar="TEXT", help="A system prompt, written into the memory at the start and at /reset.")
+def chat(
+    model: str,
+    temperature: float,
+    top_p: float,
+    top_k: int | None,
+    seed: int,
+    truncate: bool,
+    thinking: "ThinkingMode",
+    system: str | None,
+) -> None:
+    """Talk to MODEL. Each answer is followed by a memory write; /reset forgets, /quit (or Ctrl-D) ends.
+
+    What follows "/tool " is a tool's result, in place of a message.
+    """
     from rxt_platform.data.batches import derive_seed
     from rxt_platform.model.sampling import SamplingOptions
 
+    if isinstance(
+        sys.stdin, io.TextIOWrapper
+    ):  # a byte that is no UTF-8 spoils its own message, not all that was piped
+        sys.stdin.reconfigure(errors="surrogateescape")
     held = _model(model)
-    held.reset_stm_state([seed])
-    click.echo(f"{held.description}\nType a message; /reset forgets, /quit ends.")
+    _start_afresh(held, seed, system)
+    click.echo(f"{held.description}\nType a message; /tool TEXT is a tool's result, /reset forgets, /quit ends.")
     turn = 0
     while True:
         try:
-            query = input("you   > ").strip()
+            message = input("you   > ").strip()
         except EOFError:
             click.echo()
             return
-        except UnicodeDecodeError as error:
-            click.echo(f"[not answered: the message is not UTF-8: {error.reason}]")
-            continue
-        if query == "/quit":
+        if message == "/quit":
             return
-        if query == "/reset":
-            held.reset_stm_state([seed])
+        if message == "/reset":
+            _start_afresh(held, seed, system)
             turn = 0
             click.echo("memory reset")
-        elif query:
-            click.echo("model > ", nl=False)
+        elif message:
             options = SamplingOptions(temperature, top_p, derive_seed(seed, turn), top_k=top_k)
             try:
-                _answer(held, query, truncate, options)
+                _answer(held, message, truncate, options, thinking)
                 turn += 1
-            except DataError as error:  # the message is too long: the conversation and its memory go on
+            except DataError as error:  # too long, say: the conversation and its memory go on
                 click.echo(f"[not answered: {error}]")
 
 
-def _answer(held: "RxTAlpha", query: str, truncate: bool, how: "SamplingOptions") -> None:
-    """Print an answer as it comes, then how much its memory write changed."""
+def _start_afresh(held: "RxTAlpha", seed: int, system: str | None) -> None:
+    """A conversation's first memory, with the system prompt in it if there is one."""
+    held.reset_stm_state([seed])
+    if system is not None:
+        held.init_stm_state(**held.tokenize_system_prompt(system))
+
+
+def _answer(held: "RxTAlpha", message: str, truncate: bool, how: "SamplingOptions", thinking: "ThinkingMode") -> None:
+    """Print a reply as it comes, each of its parts on a line of its own, then how much its memory write changed."""
     before = held.export_stm_state()
-    encoded = held.tokenize_query(query, truncation=truncate)
-    for token in held.interact(**encoded, temperature=how.temperature, top_k=how.top_k, top_p=how.top_p, seed=how.seed):
-        click.echo(held.stringify_token(token), nl=False)
+    command, _, result = message.partition(" ")
+    if command == "/tool":
+        encoded = held.tokenize_tool_result(result.strip(), truncation=truncate)
+    else:
+        encoded = held.tokenize_query(message, truncation=truncate)
+    labels = {"thoughts": "[thinks] ", "answer": "model > ", "tool_call": "[calls] "}
+    part = None
+    for token in held.interact(
+        **encoded,
+        temperature=how.temperature,
+        top_k=how.top_k,
+        top_p=how.top_p,
+        seed=how.seed,
+        thinking_mode=thinking,
+    ):
+        piece = held.read_token(token)
+        if piece.part != part:
+            click.echo(("" if part is None else "\n") + labels[piece.part], nl=False)
+            part = piece.part
+        click.echo(piece.text, nl=False)
     change = float((held.memory - before).norm() / before.norm())
     click.echo(f"\n        [memory written, changed by {change:.0%}]")
 
@@ -148,6 +172,7 @@ def models(as_json: bool) -> None:
         click.echo(render_sizes(sizes))
 
 
+rxt.add_command(evaluate)
 rxt.add_command(data)
 
 
@@ -160,12 +185,8 @@ def _load(config: str, overrides: tuple[str, ...]) -> "RunConfig":
 def _model(path: str) -> "RxTAlpha":
     """A model from its directory, from the folder of the run that made it, or from the Hugging Face Hub."""
     from rxt_platform.model.alpha import RxTAlpha
-    from rxt_platform.training.distributed import use_cpus
 
-    threads = os.environ.get("OMP_NUM_THREADS", "1")
-    if not threads.isdecimal() or threads == "0":
-        raise ConfigError(f"OMP_NUM_THREADS={threads!r}: must be a whole number of threads, at least 1")
-    use_cpus(int(threads))
+    use_threads()
     return RxTAlpha.from_pretrained(path)
 
 

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from rxt_platform.config.base import Spec
 from rxt_platform.config.data import DataConfig
 from rxt_platform.config.model import ModelConfig
+from rxt_platform.config.rewards import RewardConfig
 from rxt_platform.config.stages import MemoryAwareConfig, MemoryPretrainingConfig, StageConfig
 from rxt_platform.config.training import TrainingConfig
 
@@ -31,7 +32,13 @@ class EvaluationConfig(Spec):
     """What is measured at the end, on held-out conversations."""
 
     conversations: int = Field(200, gt=0, description="held-out conversations, at most")
-    samples: int = Field(3, ge=0, description="conversations that are answered freely and shown in the report")
+    samples: int = Field(3, ge=0, description="conversations whose answers are shown in the report")
+    free_running: bool = Field(True, description="also measure with the model's own answers written into its memory")
+    latency_conversations: int = Field(4, ge=0, description="conversations that are timed, one by one")
+    reward: RewardConfig = RewardConfig()
+    reward_model: str | None = Field(
+        None, description="directory of the model whose token embedding measures meaning, instead of hashed characters"
+    )
 
 
 class BaselineConfig(Spec):

@@ -1,184 +1,210 @@
-"""How well a model answers held-out conversations, with its memory and with the memory reset (DESIGN 2, 5).
+"""Put held-out conversations to a model, turn by turn: answer tokens, greedy answers, questions (DESIGN 2, 5).
 
-Memory is teacher-forced: after each turn the reference answer is written, so that an early mistake does not hide what
-the memory can hold. `reset` means the initial memory in place of what was written. Recall is exact match: the answer,
-generated greedily, must contain every answer span of the row as whole words; rows without spans must be answered with
-the reference answer. Case and punctuation don't count.
+Each conversation is held twice. Once memory is teacher-forced: after a turn the reference answer is written, so that an
+early mistake does not hide what the memory can hold. Once it is free-running: the model's own answer is written, as in
+a chat. What is asked for earlier turns is also asked with the state *reset* to that of a conversation's start.
+
+Recall is exact match: the answer, generated greedily, must contain every answer span of the row as whole words; rows
+without spans must be answered with the reference answer. Case and punctuation don't count.
 """
 
-import math
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 
 import torch
-from torch import Tensor
 
-from rxt_platform.data.batches import Batch, collate, derive_seed
-from rxt_platform.data.examples import Example, RowEncoder, TooLong
+from rxt_platform.data.batches import derive_seed
+from rxt_platform.data.examples import Example, RowEncoder
 from rxt_platform.data.rows import Conversation, RowError
 from rxt_platform.data.tokenizer import RxtTokenizer, answer_ids
 from rxt_platform.errors import DataError
-from rxt_platform.evaluation.recall import matches, recall_of
-from rxt_platform.model.generation import answer_batch
-from rxt_platform.model.loss import target_loss
-from rxt_platform.model.sampling import SamplingOptions
-from rxt_platform.model.transformer import ReactiveTransformer
+from rxt_platform.evaluation.outcomes import Question, TokenSums, TurnOutcome
+from rxt_platform.evaluation.recall import matches
+from rxt_platform.evaluation.responders import Responder, State, answer_all
 
-_SPARE_TOKENS = 8  # an answer may be this much longer than its reference before it is cut
+SPARE_TOKENS = 8
+"""An answer may be this much longer than its reference before it is cut."""
 
-AnswerTokens = dict[str, float]
+Progress = Callable[[int], None]
+"""Is told how many conversations are done."""
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """What `rxt eval` prints. Losses in nats per answer token (`[EOS]` included); recall by distance in turns, and by
-    the task that the answer keys name (empty where no row carries keys).
+class Talk:
+    """A conversation as text and as token ids, and its place among all (from 0), from which its seed comes."""
+
+    number: int
+    conversation: Conversation
+    example: Example
+
+    def turn(self, turn: int) -> Example:
+        """The turn (from 0, a system prompt not counted) alone."""
+        at = turn + self.example.opening
+        return Example((self.example.turns[at],), (self.example.target_starts[at],))
+
+    def seed(self, seed: int) -> int:
+        """Of the conversation's initial memory."""
+        return derive_seed(seed, "evaluation", self.number)
+
+
+def encode_talks(conversations: Sequence[Conversation], encoder: RowEncoder) -> list[Talk]:
+    """The conversations that fit the encoder's window, by its policy; those that don't are left out.
+
+    Raises DataError with the policy "fail", and when nothing is left.
     """
-
-    answer_tokens: AnswerTokens
-    memory_reset: AnswerTokens
-    recall: dict[str, dict[str, float]]
-    recall_by_task: dict[str, dict[str, float]]
-
-
-@dataclass(frozen=True)
-class _Outcome:
-    """One question: what it took, and whether it was answered right."""
-
-    distance: int
-    task: str | None
-    with_memory: bool
-    reset: bool
+    talks: list[Talk] = []
+    for number, made in enumerate(encoder.encode(conversations)):
+        if not isinstance(made, RowError):
+            talks.append(Talk(len(talks), conversations[number], made[0]))
+        elif encoder.too_long == "fail":
+            raise DataError(f"conversation {number + 1}: {made}: shorten it, or use a model with a longer window")
+    if not talks:
+        raise DataError("no conversation fits the model's window: shorten them, or use a model with a longer window")
+    return talks
 
 
 @torch.no_grad()
-def evaluate_conversations(
-    model: ReactiveTransformer,
+def hold_conversations(
+    responder: Responder[State],
     tokenizer: RxtTokenizer,
-    talks: Sequence[Conversation],
-    seed: int = 0,
+    talks: Sequence[Talk],
+    seed: int,
+    free_running: bool = True,
     batch_size: int = 50,
-    too_long: TooLong = "truncate",
-) -> Evaluation:
-    """Measure a model on conversations.
+    progress: Progress | None = None,
+) -> list[TurnOutcome]:
+    """The outcome of every turn, by conversation and turn."""
+    asks = _questions(talks)
+    outcomes: list[TurnOutcome] = []
+    done = 0
+    for opening in (0, 1):  # a system prompt is written in a whole batch or in none of it
+        same = [talk for talk in talks if talk.example.opening == opening]
+        for start in range(0, len(same), batch_size):
+            group = same[start : start + batch_size]
+            for talk, turn, row in _hold(responder, group, asks, seed, free_running):
+                outcomes.append(_outcome(tokenizer, talk, turn, row, asks.get((talk.number, turn))))
+            done += len(group)
+            if progress is not None:
+                progress(done)
+    return sorted(outcomes, key=lambda outcome: (outcome.conversation, outcome.turn))
 
-    What does not fit the model's window is cut; with `too_long` "quarantine" such a conversation is left out, with
-    "fail" it raises DataError, as does an input of which nothing is left.
+
+Asks = Mapping[tuple[int, int], int]
+"""The distance of each question, by conversation and turn (from 0)."""
+
+
+def _questions(talks: Sequence[Talk]) -> Asks:
+    """Where no row carries answer keys, every follow-up asks for the first turn's text."""
+    turns = [((talk.number, turn), item) for talk in talks for turn, item in enumerate(talk.conversation.interactions)]
+    keyed = {place: item.recall.distance for place, item in turns if item.recall is not None}
+    return keyed or {place: place[1] for place, _ in turns if place[1] > 0}
+
+
+@dataclass(frozen=True)
+class _Answered:
+    """What a model makes of one turn; answers are token ids. `own_answer` None: not asked for; `reset_answer` None: no
+    question."""
+
+    tokens: TokenSums
+    tokens_reset: TokenSums
+    answer: list[int]
+    own_answer: list[int] | None
+    reset_answer: list[int] | None
+
+
+def _hold(
+    responder: Responder[State], talks: Sequence[Talk], asks: Asks, seed: int, free_running: bool
+) -> Iterator[tuple[Talk, int, _Answered]]:
+    """Every turn (from 0) of a batch of conversations, of which all or none have a system prompt."""
+    fresh = forced = responder.start([talk.seed(seed) for talk in talks])
+    if talks[0].example.opening:
+        forced = responder.remember(fresh, [talk.example.turns[0] for talk in talks])
+    own = forced if free_running else None
+    for turn in count():
+        turns = [talk.turn(turn) for talk in talks]
+        asked = [row for row, talk in enumerate(talks) if (talk.number, turn) in asks]
+        answered = _answer(responder, turns, asked, fresh, forced, own)
+        yield from ((talk, turn, row) for talk, row in zip(talks, answered, strict=True))
+
+        live = [row for row, talk in enumerate(talks) if turn + 1 < len(talk.conversation.interactions)]
+        if not live:
+            return
+        if own is not None:
+            written = [[*_prompt(turns[row]), *(answered[row].own_answer or ())] for row in live]
+            own = responder.remember(responder.rows(own, live), written)
+        forced = responder.remember(responder.rows(forced, live), [turns[row].turns[0] for row in live])
+        fresh = responder.rows(fresh, live)
+        talks = [talks[row] for row in live]
+
+
+def _answer(
+    responder: Responder[State],
+    turns: Sequence[Example],
+    asked: Sequence[int],
+    fresh: State,
+    forced: State,
+    own: State | None,
+) -> list[_Answered]:
+    """A turn of each conversation with nothing told, with the reference answers remembered, with the model's own.
+
+    Of the first, only the rows `asked` are answered. What comes from the same state is not computed twice.
     """
-    model.eval()
-    with_memory, reset = _Sums(), _Sums()
-    annotated = any(item.recall for talk in talks for item in talk.interactions)
-    window = model.config.max_length
-    talks, encoded = _fitting(talks, RowEncoder(tokenizer, window, too_long))
-    outcomes: list[_Outcome] = []
-    for start in range(0, len(talks), batch_size):
-        group = talks[start : start + batch_size]
-        examples = encoded[start : start + batch_size]
-        seeds = [derive_seed(seed, "evaluation", start + i) for i in range(len(group))]
-        batch = collate(examples, seeds, range(len(group))).to(model.embedding.weight.device)
-        initial = memory = model.initial_memory(batch.seeds)
-        for turn in range(batch.ids.shape[1]):
-            with_memory.add(model, batch, turn, memory)
-            reset.add(model, batch, turn, initial)
-            outcomes += _ask(model, tokenizer, group, examples, turn, memory, initial, annotated)
-            memory = write_turn(model, batch, turn, memory)
-    by_distance: dict[int, list[tuple[bool, bool]]] = defaultdict(list)
-    by_task: dict[str, list[tuple[bool, bool]]] = defaultdict(list)
-    for outcome in outcomes:
-        by_distance[outcome.distance].append((outcome.with_memory, outcome.reset))
-        if outcome.task is not None:
-            by_task[outcome.task].append((outcome.with_memory, outcome.reset))
-    return Evaluation(
-        with_memory.metrics(),
-        reset.metrics(),
-        {str(distance): recall_of(by_distance[distance]) for distance in sorted(by_distance)},
-        {task: recall_of(by_task[task]) for task in sorted(by_task)},
+    prompts = [_prompt(turn) for turn in turns]
+    limits = [len(turn.turns[0]) - turn.target_starts[0] + SPARE_TOKENS for turn in turns]
+    tokens = tokens_reset = responder.turn_loss(turns, forced)
+    if forced is not fresh:
+        tokens_reset = responder.turn_loss(turns, fresh)
+    answers = own_answers = answer_all(responder, prompts, forced, limits)
+    if own is not None and own is not forced:
+        own_answers = answer_all(responder, prompts, own, limits)
+    reset: dict[int, list[int]] = {}
+    if asked:
+        chosen, allowed = [prompts[row] for row in asked], [limits[row] for row in asked]
+        reset = dict(zip(asked, answer_all(responder, chosen, responder.rows(fresh, asked), allowed), strict=True))
+    return [
+        _Answered(
+            tokens[row], tokens_reset[row], answers[row], None if own is None else own_answers[row], reset.get(row)
+        )
+        for row in range(len(turns))
+    ]
+
+
+def _prompt(turn: Example) -> list[int]:
+    """What the model answers to."""
+    return list(turn.turns[0][: turn.target_starts[0]])
+
+
+def _outcome(tokenizer: RxtTokenizer, talk: Talk, turn: int, row: _Answered, distance: int | None) -> TurnOutcome:
+    """The record of a turn (from 0); `distance` if it asks for an earlier one."""
+    item = talk.conversation.interactions[turn]
+    key = item.recall
+
+    def right(answer: str) -> bool:
+        return matches(answer, item.reply, None if key is None else key.spans)
+
+    answer = tokenizer.decode(answer_ids(row.answer))
+    own_answer = None if row.own_answer is None else tokenizer.decode(answer_ids(row.own_answer))
+    question = None
+    if distance is not None and row.reset_answer is not None:
+        queries = " ".join(one.query for one in talk.conversation.interactions[turn - distance : turn])
+        question = Question(
+            distance=distance,
+            task=None if key is None else key.task,
+            long_range=None if key is None else key.long_range,
+            told_by_user=None if key is None else matches(queries, item.reply, key.spans),
+            right=right(answer),
+            reset=right(tokenizer.decode(answer_ids(row.reset_answer))),
+            own=None if own_answer is None else right(own_answer),
+        )
+    return TurnOutcome(
+        conversation=talk.number,
+        turn=turn + 1,
+        query=item.query,
+        reference=item.reply,
+        tokens=row.tokens,
+        tokens_reset=row.tokens_reset,
+        answer=answer,
+        own_answer=own_answer,
+        question=question,
     )
-
-
-def _fitting(talks: Sequence[Conversation], encoder: RowEncoder) -> tuple[list[Conversation], list[Example]]:
-    """The conversations that can be used, and their token ids."""
-    kept: list[tuple[Conversation, Example]] = []
-    for number, (talk, made) in enumerate(zip(talks, encoder.encode(talks), strict=True), start=1):
-        if isinstance(made, RowError):
-            if encoder.too_long == "fail":
-                raise DataError(f"conversation {number}: {made}: shorten it, or use a model with a longer window")
-            continue
-        kept.append((talk, made[0]))
-    if not kept:
-        raise DataError("no conversation fits the model's window: shorten them, or use a model with a longer window")
-    return [talk for talk, _ in kept], [example for _, example in kept]
-
-
-def write_turn(model: ReactiveTransformer, batch: Batch, turn: int, memory: Tensor) -> Tensor:
-    """The memory after a turn's reference interaction was written; meaningless in rows that have ended."""
-    length = batch.turn_lengths[turn]
-    return model.write(memory, batch.ids[:, turn, :length], batch.mask[:, turn, :length])
-
-
-class _Sums:
-    """Summed loss, hits and count of answer tokens."""
-
-    def __init__(self) -> None:
-        self.loss, self.correct, self.count = 0.0, 0, 0
-
-    def add(self, model: ReactiveTransformer, batch: Batch, turn: int, memory: Tensor) -> None:
-        length = batch.turn_lengths[turn]
-        ids, mask = batch.ids[:, turn, :length], batch.mask[:, turn, :length]
-        targets = batch.targets[:, turn, :length]
-        states = model.decode_states(ids, mask, memory).states
-        loss, correct = target_loss(model, states, ids, targets)
-        self.loss += float(loss)
-        self.correct += int(correct)
-        self.count += int(targets.sum())
-
-    def metrics(self) -> AnswerTokens:
-        loss = self.loss / self.count
-        return {
-            "loss": loss,
-            "perplexity": math.exp(min(loss, 700.0)),
-            "accuracy": self.correct / self.count,
-            "count": self.count,
-        }
-
-
-def _ask(
-    model: ReactiveTransformer,
-    tokenizer: RxtTokenizer,
-    talks: Sequence[Conversation],
-    examples: Sequence[Example],
-    turn: int,
-    memory: Tensor,
-    initial: Tensor,
-    annotated: bool,
-) -> list[_Outcome]:
-    """The outcome of each question of this turn.
-
-    Where no row carries answer keys (not `annotated`), every follow-up asks for the first turn's text, so that its
-    distance is the turn's index.
-    """
-    questions = [
-        (row, talk.interactions[turn])
-        for row, talk in enumerate(talks)
-        if turn < len(talk.interactions) and (talk.interactions[turn].recall or (turn and not annotated))
-    ]
-    if not questions:
-        return []
-    rows = torch.tensor([row for row, _ in questions], device=memory.device)
-    prompts = [list(examples[row].turns[turn][: examples[row].target_starts[turn]]) for row, _ in questions]
-    replies = [examples[row].turns[turn][examples[row].target_starts[turn] :] for row, _ in questions]
-    limits = [len(reply) + _SPARE_TOKENS for reply in replies]
-    answers = [
-        [
-            tokenizer.decode(answer_ids(ids))
-            for ids in answer_batch(model, prompts, source[:, rows], SamplingOptions(), limits=limits)
-        ]
-        for source in (memory, initial)
-    ]
-    outcomes = []
-    for (_, item), remembered, forgotten in zip(questions, *answers, strict=True):
-        key = item.recall
-        right = [matches(answer, item.reply, key and key.spans) for answer in (remembered, forgotten)]
-        outcomes.append(_Outcome(key.distance if key else turn, key and key.task, *right))
-    return outcomes

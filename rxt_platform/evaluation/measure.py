@@ -1,7 +1,6 @@
-"""Everything that is measured at the end of a run: the last model on held-out conversations, and simple baselines."""
+"""Everything that is measured at the end of a run: its last model on held-out conversations, and what it is beside."""
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,16 +11,15 @@ from rxt_platform.data.corpus import read_conversations
 from rxt_platform.data.examples import TooLong
 from rxt_platform.data.shards import TokenShards
 from rxt_platform.evaluation.baselines import count_baselines
-from rxt_platform.evaluation.conversations import evaluate_conversations
-from rxt_platform.evaluation.samples import sample_conversations
-from rxt_platform.model.files import load_model
-from rxt_platform.model.sampling import SamplingOptions
+from rxt_platform.evaluation.evaluate import evaluate
+from rxt_platform.model.files import load_any, load_model
 
 _BASELINE_ROWS = 256  # those that the stages' own held-out losses are measured on
 
 
 def measure(
     model_directory: Path,
+    baseline_directory: Path | None,
     corpus: Path,
     tokens: Path,
     sections: Mapping[str, Section],
@@ -29,14 +27,17 @@ def measure(
     seed: int,
     too_long: TooLong,
 ) -> dict[str, Any]:
-    """Answer tokens, recall and sampled conversations of a model, and count baselines for the stages in `sections`."""
+    """An `Evaluation` of the model; `baseline`, one of the stateless baseline on the same tokens (None without one);
+    `baselines`, the counting ones of the stages in `sections`."""
     model, tokenizer = load_model(model_directory)
     talks = list(islice(read_conversations(corpus, "validation"), settings.conversations))
-    measured = evaluate_conversations(model, tokenizer, talks, seed, too_long=too_long)
+    measured = evaluate(model, tokenizer, talks, settings, seed, too_long=too_long)
+    baseline = None
+    if baseline_directory is not None:
+        window = model.config.max_length
+        baseline = evaluate(*load_any(baseline_directory), talks, settings, seed, too_long=too_long, window=window)
     baselines = {}
     for name, section in sections.items():
         train, held_out = (TokenShards(tokens, section, split) for split in ("train", "validation"))
         baselines[name] = count_baselines(train, held_out[:_BASELINE_ROWS], model.config.vocab_size)
-    spread = [talks[i * len(talks) // settings.samples] for i in range(min(settings.samples, len(talks)))]
-    samples = sample_conversations(model, tokenizer, spread, SamplingOptions(seed=seed))
-    return {**asdict(measured), "baselines": baselines, "samples": samples}
+    return {**measured, "baseline": baseline, "baselines": baselines}

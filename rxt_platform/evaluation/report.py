@@ -1,4 +1,4 @@
-"""The report that ends a run: `report.json`, the tables a terminal shows, and a page with pictures. No torch.
+"""Reports: `report.json`, the tables a terminal shows, and pages with pictures, of a run and of `rxt eval`. No torch.
 
 The headline is memory: how many facts told in an earlier turn the model recalls on held-out conversations, with its
 memory and with the memory reset, and the gain, by distance in turns.
@@ -14,31 +14,22 @@ from typing import Any
 
 from rxt_platform.errors import ArtifactError
 from rxt_platform.evaluation.data_tables import data_note
-from rxt_platform.evaluation.recall import mean_recall
-from rxt_platform.evaluation.report_page import (
+from rxt_platform.evaluation.report_page import render_evaluation_html, render_html
+from rxt_platform.evaluation.report_pictures import draw_evaluation, draw_losses
+from rxt_platform.evaluation.report_tables import (
     COSINE_KIND,
     LOSS_NOTE,
     answer_table,
-    draw_losses,
-    draw_recall,
+    comparison_table,
     duration,
-    recall_table,
-    render_html,
+    latency_table,
+    memory_tables,
+    recall_tables,
+    reward_table,
     stage_table,
-    task_tables,
+    turn_table,
 )
 from rxt_platform.tables import text_table
-
-__all__ = [
-    "REPORT_FILES",
-    "Report",
-    "draw_losses",
-    "draw_recall",
-    "render_evaluation",
-    "render_html",
-    "render_table",
-    "write_report",
-]
 
 REPORT_FILES = ("report.json", "report.html", "recall.png", "losses.png")
 
@@ -53,12 +44,12 @@ Report = dict[str, Any]
                         baselines: {unigram, bigram, tokens} | None,
                         expert_load: {max, min} | None}]: the busiest and the idlest expert's share of held-out
                       tokens, as multiples of a fair one
-    answer_tokens     {loss, perplexity, accuracy, count}, and memory_reset the same
-    recall            {distance in turns: {with_memory, reset, gain, count}}; recall_by_task {task: the same}, empty
-                      where no row carries answer keys; recall_overall one such entry, of NaN when nothing was asked
     data              {validation: as `validation.json`, tokens: the parts of `tokens.json`, fertility: as
                       `fertility.json`}
-    samples           [[{query, reference, answer} for each turn] for each conversation]
+    responder, conversations, turns, answer_tokens, memory_reset, by_turn, recall, recall_by_task, recall_long_range,
+    recall_by_teller, recall_overall, reward, free_running, memory, masked, latency, samples
+                      of the last model on held-out conversations: as `Evaluation` in `evaluate.py` says
+    baseline          the same of the stateless baseline, with its whole history; None of a run without one
 """
 
 
@@ -70,11 +61,10 @@ def render_table(report: Report) -> str:
     ]
     if any(stage["kind"] == COSINE_KIND for stage in report["stages"]):
         parts.append(LOSS_NOTE)
+    parts.append("\n" + render_evaluation(report))
+    if report["baseline"] is not None:
+        parts += ["\nBeside the stateless baseline", text_table(comparison_table(report))]
     parts += [
-        "\nRecall of facts told in an earlier turn, held-out conversations",
-        text_table(recall_table(report)),
-        *("\n" + text_table(table) for table in task_tables(report)),
-        "\n" + text_table(answer_table(report)),
         *([f"\n{note}"] if (note := data_note(report["data"])) else []),
         f"\nTotal time: {duration(report['run_seconds'])}",
         f"Model: {report['model']}",
@@ -83,9 +73,17 @@ def render_table(report: Report) -> str:
 
 
 def render_evaluation(result: Mapping[str, Any]) -> str:
-    """What `rxt eval` prints: answer tokens and recall of one model on one file."""
-    rows = {**result, "recall_overall": mean_recall(result["recall"])}
-    return "\n\n".join(text_table(table) for table in (answer_table(rows), recall_table(rows), *task_tables(rows)))
+    """What `rxt eval` prints."""
+    sections = {
+        "Recall of facts told in an earlier turn, held-out conversations": recall_tables(result),
+        "Answers, teacher-forced": [answer_table(result), turn_table(result)],
+        "Memory from write to write": memory_tables(result),
+        "Composite reward of the answers to follow-ups": [reward_table(result)] if result["reward"]["scores"] else [],
+        "Time of a turn, one conversation at a time": [latency_table(result)] if result["latency"] else [],
+    }
+    return "\n\n".join(
+        f"{title}\n" + "\n\n".join(map(text_table, tables)) for title, tables in sections.items() if tables
+    )
 
 
 def write_report(directory: Path, report: Report, histories: dict[str, list[dict[str, float]]]) -> None:
@@ -93,16 +91,30 @@ def write_report(directory: Path, report: Report, histories: dict[str, list[dict
 
     Each file is whole or absent. The JSON comes last: who finds it finds the others. Raises ArtifactError.
     """
-    pictures = {"recall": draw_recall(report), "losses": draw_losses(histories)}
-    files = {f"{name}.png": png for name, png in pictures.items()}
+    pictures = {**draw_evaluation(report), "losses": draw_losses(histories)}
+    files = {f"{name}.png": pictures[name] for name in ("recall", "losses")}
     files["report.html"] = render_html(report, pictures).encode()
-    files["report.json"] = (json.dumps(_without_nan(report), indent=2, allow_nan=False) + "\n").encode()
+    files["report.json"] = (to_json(report) + "\n").encode()
     try:
         directory.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
             _replace(directory / name, content)
     except OSError as error:
         raise ArtifactError(f"{directory}: the report cannot be written: {error}") from error
+
+
+def write_evaluation_page(path: Path, title: str, result: Mapping[str, Any]) -> None:
+    """Write the page of one evaluation, replacing what is there. Raises ArtifactError."""
+    page = render_evaluation_html(title, result, draw_evaluation(result))
+    try:
+        _replace(path, page.encode())
+    except OSError as error:
+        raise ArtifactError(f"{path}: the report cannot be written: {error}") from error
+
+
+def to_json(value: Mapping[str, Any]) -> str:
+    """JSON that strict readers take."""
+    return json.dumps(_without_nan(value), indent=2, allow_nan=False, ensure_ascii=False)
 
 
 def _replace(path: Path, content: bytes) -> None:

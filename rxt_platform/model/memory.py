@@ -37,8 +37,17 @@ class ResidualGate(nn.Module):
 
     def forward(self, old: Tensor, new: Tensor) -> Tensor:
         """[B, S, D], [B, S, D] -> [B, S, D]."""
-        if self.activation == "none":
+        gate = self.value(old, new)
+        if gate is None:
             return old + new
+        if self.activation == "tanh":
+            return (1 + gate) * new + (1 - gate) * old
+        return gate * new + (1 - gate) * old
+
+    def value(self, old: Tensor, new: Tensor) -> Tensor | None:
+        """How open the gate is, [B, S, 1], or what broadcasts to it; sigmoid 0 to 1, tanh -1 to 1, none None."""
+        if self.activation == "none":
+            return None
         value: Tensor
         if self.kind == "static":
             value = self.weight
@@ -46,11 +55,7 @@ class ResidualGate(nn.Module):
             summary = (old + new).mean(dim=-1)
             value = self.linear(summary) if self.kind == "linear" else self.weight * summary
         value = value.unsqueeze(-1)
-        if self.activation == "tanh":
-            gate = value.tanh()
-            return (1 + gate) * new + (1 - gate) * old
-        gate = value.sigmoid()
-        return gate * new + (1 - gate) * old
+        return value.tanh() if self.activation == "tanh" else value.sigmoid()
 
 
 class MemoryLayer(nn.Module):

@@ -15,7 +15,6 @@ from rxt_platform.config.run import RunConfig
 from rxt_platform.data.corpus import VALIDATION
 from rxt_platform.data.shards import read_summary
 from rxt_platform.errors import ArtifactError, StoppedError
-from rxt_platform.evaluation.recall import mean_recall
 from rxt_platform.evaluation.report import REPORT_FILES, Report, render_table, write_report
 from rxt_platform.model.parameters import measure_size
 from rxt_platform.orchestration import ray_jobs
@@ -215,8 +214,7 @@ def _report(run: _Run, plan: list[Step], seconds: float) -> Report:
         ],
         "stages": [_stage_row(outcome, evaluation["baselines"]) for outcome in trained],
         "data": data_report(plan),
-        **{name: evaluation[name] for name in ("answer_tokens", "memory_reset", "recall", "recall_by_task", "samples")},
-        "recall_overall": mean_recall(evaluation["recall"]),
+        **{name: value for name, value in evaluation.items() if name not in ("seed", "baselines")},
     }
     histories = {
         outcome.step.name: [json.loads(line) for line in (outcome.step.artifact / "history.jsonl").open()]
@@ -255,5 +253,10 @@ def _stage_row(outcome: Outcome, baselines: dict[str, Any]) -> dict[str, Any]:
 
 
 def _headline(report: Report) -> dict[str, float]:
-    recall = {f"recall.{key}.gain": value["gain"] for key, value in report["recall"].items()}
-    return recall | {f"answer_tokens.{key}": float(value) for key, value in report["answer_tokens"].items()}
+    tokens = report["answer_tokens"]
+    values = {
+        **{f"recall.{key.replace('+', '_or_more')}.gain": entry["gain"] for key, entry in report["recall"].items()},
+        **{f"answer_tokens.{key}": tokens[key] for key in ("loss", "perplexity", "accuracy", "count")},
+        "reward": report["reward"]["mean"],
+    }
+    return {name: float(value) for name, value in values.items() if value is not None}

@@ -32,6 +32,13 @@ def test_report_holds_what_was_measured(finished_pipeline: Path) -> None:
         assert entry["gain"] == pytest.approx(entry["with_memory"] - entry["reset"])
         assert entry["count"] > 0
     assert report["answer_tokens"]["count"] == report["memory_reset"]["count"] > 0
+    assert sum(row["count"] for row in report["by_turn"]) == report["answer_tokens"]["count"]
+    low, high = report["recall_overall"]["intervals"]["gain"]
+    assert low <= report["recall_overall"]["gain"] <= high
+    assert len(report["memory"]["by_write"]) == 5
+    assert report["free_running"]["recall_overall"]["count"] == report["recall_overall"]["count"]
+    assert 0 <= report["reward"]["mean"] <= 10
+    assert report["baseline"] is None
     assert Path(report["model"]).is_dir()
     folder = finished_pipeline / "quickstart"
     for name in ("report.html", "recall.png", "losses.png"):
@@ -149,12 +156,15 @@ def test_eval_measures_any_conversation_file(finished_pipeline: Path, tmp_path: 
     path = tmp_path / "talks.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     result = json.loads(rxt("eval", str(finished_pipeline / "quickstart"), "--data", str(path), "--json"))
-    assert list(result) == ["answer_tokens", "memory_reset", "recall", "recall_by_task"]
     for part in ("answer_tokens", "memory_reset"):
-        assert set(result[part]) == {"loss", "perplexity", "accuracy", "count"}
-    assert set(result["recall"]["1"]) == {"with_memory", "reset", "gain", "count"}
-    assert result["recall"]["1"]["count"] == 1
-    assert "with memory" in rxt("eval", str(finished_pipeline / "quickstart"), "--data", str(path))
+        assert set(result[part]) == {"loss", "perplexity", "accuracy", "count", "intervals"}
+    assert set(result["recall"]["1"]) == {"with_memory", "reset", "gain", "count", "intervals"}
+    assert result["recall"]["1"]["count"] == result["free_running"]["recall"]["1"]["count"] == 1
+    assert [row["turn"] for row in result["latency"]] == [1, 2]
+    page = tmp_path / "page.html"
+    shown = rxt("eval", str(finished_pipeline / "quickstart"), "--data", str(path), "--report", str(page))
+    assert "with memory" in shown
+    assert "with memory" in page.read_text()
 
 
 def test_chat_shows_when_memory_is_written(finished_pipeline: Path) -> None:

@@ -12,7 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rxt_platform.errors import ArtifactError
-from rxt_platform.model.files import load_model, save_model
+from rxt_platform.model.baseline import StatelessTransformer, matched_baseline
+from rxt_platform.model.files import STATELESS, load_any, load_model, save_model
+from rxt_platform.model.transformer import ReactiveTransformer
 from rxt_platform.storage.directory import (
     MANIFEST,
     SCHEMA_VERSION,
@@ -72,6 +74,24 @@ def test_a_model_comes_back_bit_by_bit(saved: Path) -> None:
     memory = model.initial_memory(torch.tensor([1, 2]))
     assert torch.equal(model.write(memory, ids, mask), loaded.write(memory, ids, mask))
     assert tokenizer.encode("Tom has a red hat.") == word_tokenizer().encode("Tom has a red hat.")
+
+
+def test_a_stateless_model_comes_back_bit_by_bit_and_is_no_reactive_one(saved: Path, tmp_path: Path) -> None:
+    model = StatelessTransformer(matched_baseline(tiny_config(vocab_size=300), 64))
+    directory = tmp_path / "stateless"
+    directory.mkdir()
+    save_model(directory, model.config, model.state_dict(), word_tokenizer(), architecture=STATELESS)
+    loaded, tokenizer = load_any(directory)
+    assert isinstance(loaded, StatelessTransformer)
+    assert loaded.config == model.config
+    assert not loaded.training
+    state = loaded.state_dict()
+    assert state.keys() == model.state_dict().keys()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    assert tokenizer.encode("Tom.") == word_tokenizer().encode("Tom.")
+    with pytest.raises(ArtifactError, match=r"holds \['StatelessTransformer'\], not RxTAlpha"):
+        load_model(directory)
+    assert isinstance(load_any(saved)[0], ReactiveTransformer)
 
 
 def test_saving_does_not_depend_on_how_tensors_lie_in_memory(saved: Path, tmp_path: Path) -> None:

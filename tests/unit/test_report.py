@@ -14,17 +14,107 @@ import pytest
 from matplotlib.image import imread
 
 from rxt_platform.errors import ArtifactError
-from rxt_platform.evaluation.report import (
-    draw_losses,
-    draw_recall,
-    render_evaluation,
-    render_html,
-    render_table,
-    write_report,
-)
+from rxt_platform.evaluation.report import render_evaluation, render_table, write_report
+from rxt_platform.evaluation.report_page import render_html
+from rxt_platform.evaluation.report_pictures import draw_evaluation, draw_losses, draw_recall
 
-NAN = math.nan
-UNASKED = {"with_memory": NAN, "reset": NAN, "gain": NAN, "count": 0}
+NOTHING = dict.fromkeys(("with_memory", "reset", "gain"))
+UNASKED = {**NOTHING, "count": 0, "intervals": NOTHING}
+
+
+def recalled(with_memory: float, reset: float, count: int) -> dict[str, Any]:
+    """An entry of a recall table."""
+    shares = {"with_memory": with_memory, "reset": reset, "gain": with_memory - reset}
+    intervals = {name: [round(share - 0.05, 3), round(share + 0.05, 3)] for name, share in shares.items()}
+    return {**shares, "count": count, "intervals": intervals}
+
+
+def tokens(loss: float, perplexity: float, accuracy: float, count: int) -> dict[str, Any]:
+    """An entry of answer tokens."""
+    values = {"loss": loss, "perplexity": perplexity, "accuracy": accuracy}
+    return {**values, "count": count, "intervals": {name: [0.9 * x, 1.1 * x] for name, x in values.items()}}
+
+
+def rewarded(*scores: float) -> dict[str, Any]:
+    """A reward entry."""
+    return {
+        "mean": sum(scores) / len(scores),
+        "interval": [min(scores), max(scores)],
+        "min": min(scores),
+        "max": max(scores),
+        "components": {"bleu": 0.25, "cosine": 0.75, "length": 0.5},
+        "conversations": len(scores),
+        "scores": list(scores),
+    }
+
+
+KITES = {
+    "responder": {"kind": "reactive", "history": None, "window": 128},
+    "conversations": 2,
+    "turns": 4,
+    "answer_tokens": tokens(0.511, 1.667, 0.812, 4242),
+    "memory_reset": tokens(1.511, 4.531, 0.404, 4242),
+    "by_turn": [
+        {
+            "turn": 1,
+            "count": 2000,
+            "with_memory": tokens(0.5, 1.649, 0.75, 2000),
+            "memory_reset": tokens(0.6, 1.822, 0.7, 2000),
+        },
+        {
+            "turn": 2,
+            "count": 2242,
+            "with_memory": tokens(0.7, 2.014, 0.65, 2242),
+            "memory_reset": tokens(2.1, 8.166, 0.3, 2242),
+        },
+    ],
+    "recall": {"10": recalled(0.5, 0.6, 10), "2": recalled(0.9, 0.1, 30), "17+": recalled(0.25, 0.0, 4)},
+    "recall_by_task": {"recall": recalled(0.8, 0.225, 40)},
+    "recall_long_range": {},
+    "recall_by_teller": {},
+    "recall_overall": recalled(0.8, 0.225, 40),
+    "reward": rewarded(5.5, 3.5),
+    "free_running": {
+        "recall": {"10": recalled(0.25, 0.6, 10), "2": recalled(0.75, 0.1, 30), "17+": recalled(0.0, 0.0, 4)},
+        "recall_by_task": {},
+        "recall_long_range": {},
+        "recall_by_teller": {},
+        "recall_overall": recalled(0.625, 0.225, 40),
+        "reward": rewarded(2.5, 0.5),
+    },
+    "memory": {
+        "by_write": [
+            {
+                "write": 0,
+                "conversations": 2,
+                "norm": 1.0,
+                "change": None,
+                "effective_rank": 0.99,
+                "slot_similarity": 0.0625,
+            },
+            {
+                "write": 1,
+                "conversations": 2,
+                "norm": 1.125,
+                "change": 0.42,
+                "effective_rank": 0.875,
+                "slot_similarity": 0.125,
+            },
+        ],
+        "gates": [{"layer": 1, "mean": 0.375, "min": 0.015, "max": 0.985}],
+    },
+    "masked": {
+        "loss": 1.25,
+        "accuracy": 0.64,
+        "count": 321,
+        "intervals": {"loss": [1.125, 1.375], "accuracy": [0.6, 0.68]},
+    },
+    "latency": [
+        {"turn": 1, "conversations": 2, "prompt_ms": 12.34, "tokens_per_second": 1234.5, "write_ms": 5.67},
+        {"turn": 2, "conversations": 1, "prompt_ms": 13.0, "tokens_per_second": None, "write_ms": 5.0},
+    ],
+    "samples": [[{"query": "<script>alert('&')</script>", "reference": 'A "red" hat.', "answer": "A <b>hat</b>."}]],
+}
 REPORT: dict[str, Any] = {
     "name": "tiny",
     "seed": 7,
@@ -65,14 +155,6 @@ REPORT: dict[str, Any] = {
             "baselines": None,
         },
     ],
-    "answer_tokens": {"loss": 0.511, "perplexity": 1.667, "accuracy": 0.812, "count": 4242},
-    "memory_reset": {"loss": 1.511, "perplexity": 4.531, "accuracy": 0.404, "count": 4242},
-    "recall": {
-        "10": {"with_memory": 0.5, "reset": 0.6, "gain": -0.1, "count": 10},
-        "2": {"with_memory": 0.9, "reset": 0.1, "gain": 0.8, "count": 30},
-    },
-    "recall_by_task": {"recall": {"with_memory": 0.8, "reset": 0.225, "gain": 0.575, "count": 40}},
-    "recall_overall": {"with_memory": 0.8, "reset": 0.225, "gain": 0.575, "count": 40},
     "data": {
         "validation": {
             "texts": {
@@ -116,24 +198,42 @@ REPORT: dict[str, Any] = {
             }
         },
     },
-    "samples": [[{"query": "<script>alert('&')</script>", "reference": 'A "red" hat.', "answer": "A <b>hat</b>."}]],
+    **KITES,
+    "baseline": None,
 }
+PICTURES = dict.fromkeys(("recall", "turns", "memory", "rewards", "latency", "losses"), b"png")
 HISTORIES = {"joint": [{"step": 1, "loss": 6.5, "lr": 0.1}, {"step": 2, "loss": 5.0, "lr": 0.1}], "memory": []}
 
 
 def _unasked() -> dict[str, Any]:
-    return {**copy.deepcopy(REPORT), "recall": {}, "recall_by_task": {}, "recall_overall": dict(UNASKED)}
+    nothing = {"recall": {}, "recall_by_task": {}, "recall_overall": UNASKED}
+    return {**copy.deepcopy(REPORT), **nothing, "free_running": None}
 
 
 def test_table_holds_every_measurement_within_100_columns() -> None:
     text = render_table(REPORT)
     rows = [line.split() for line in text.splitlines()]
     assert ["joint", "made", "1,200", "1", "min", "01", "s", "6.543", "1.234", "4.321", "2.109"] in rows
-    assert ["10", "turns", "50.0", "%", "60.0", "%", "-10.0", "pt", "10"] in rows
-    assert ["overall", "80.0", "%", "22.5", "%", "+57.5", "pt", "40"] in rows
-    assert ["memory", "reset", "1.511", "4.531", "40.4", "%", "4,242"] in rows
+    for line in (
+        "10 turns 50.0 % 60.0 % -10.0 pt -15.0 to -5.0 pt 10",
+        "17+ turns 25.0 % 0.0 % +25.0 pt +20.0 to +30.0 pt 4",
+        "overall 80.0 % 22.5 % +57.5 pt +52.5 to +62.5 pt 40",
+        "references 80.0 % 22.5 % +57.5 pt +52.5 to +62.5 pt 40",
+        "its own 62.5 % 22.5 % +40.0 pt +35.0 to +45.0 pt 40",
+        "memory reset 1.511 1.360 to 1.662 4.531 40.4 % 36.4 to 44.4 % 4,242",
+        "hidden from encoder 1.250 1.125 to 1.375 – 64.0 % 60.0 to 68.0 % 321",
+        "2 0.700 2.100 2.014 8.166 65.0 % 30.0 % 2,242",
+        "before 1.000 – 99.0 % 0.062 2",
+        "1 1.125 42.0 % 87.5 % 0.125 2",
+        "1 0.375 0.015 0.985",
+        "references 4.500 3.500 to 5.500 3.500 5.500 0.250 0.750 0.500 2",
+        "its own 1.500 0.500 to 2.500 0.500 2.500 0.250 0.750 0.500 2",
+        "1 12.3 ms 1,234 5.7 ms 2",
+        "2 13.0 ms – 5.0 ms 1",
+    ):
+        assert line.split() in rows, line
     assert ["Model:", REPORT["model"]] in rows
-    assert text.index("2 turns") < text.index("10 turns")  # by number, not by letter
+    assert text.index("2 turns") < text.index("10 turns") < text.index("17+ turns")  # by number, not by letter
     assert max(map(len, text.splitlines())) <= 100
 
 
@@ -144,34 +244,64 @@ def test_baselines_take_no_columns_where_no_stage_has_them() -> None:
     assert "unigram" not in render_table(report)
 
 
-def _shown(report: dict[str, Any]) -> list[list[list[str]]]:
-    """The words of each line of what the terminal shows of a run and of an evaluation, and of the page."""
-    page = render_html(report, {"recall": b"png", "losses": b"png"}).replace("</tr>", "\n")
+def _shown(report: dict[str, Any]) -> list[list[str]]:
+    """The lines, with single spaces, of what the terminal shows of a run and of an evaluation, and of the page."""
+    page = render_html(report, PICTURES).replace("</tr>", "\n")
     return [
-        [re.sub("<[^>]*>", " ", line).split() for line in text.splitlines()]
+        [" ".join(re.sub("<[^>]*>", " ", line).split()) for line in text.splitlines()]
         for text in (render_table(report), render_evaluation(report), page)
     ]
 
 
 def test_recall_by_task_is_shown_where_there_are_several_tasks() -> None:
-    entry = {"with_memory": 0.25, "reset": 0.05, "gain": 0.2, "count": 1717}
-    several = {**REPORT, "recall_by_task": {**REPORT["recall_by_task"], "two_facts": entry}}
+    several = {**REPORT, "recall_by_task": {**REPORT["recall_by_task"], "two_facts": recalled(0.25, 0.05, 1717)}}
     for lines in _shown(several):
-        assert ["recall", "80.0", "%", "22.5", "%", "+57.5", "pt", "40"] in lines
-        assert ["two_facts", "25.0", "%", "5.0", "%", "+20.0", "pt", "1,717"] in lines
+        assert "recall 80.0 % 22.5 % +57.5 pt +52.5 to +62.5 pt 40" in lines
+        assert "two_facts 25.0 % 5.0 % +20.0 pt +15.0 to +25.0 pt 1,717" in lines
     for report in (REPORT, _unasked()):
         for lines in _shown(report):
-            assert not any(line[:1] == ["task"] or line[:2] == ["recall", "80.0"] for line in lines)
+            assert not any(line.startswith(("task ", "recall 80.0")) for line in lines)
     assert max(map(len, render_table(several).splitlines())) <= 100
 
 
+def test_recall_is_shown_by_range_and_by_who_told_where_both_occur() -> None:
+    both = {"recall_long_range": {"true": recalled(0.2, 0.1, 5), "false": recalled(0.3, 0.1, 6)}}
+    both["recall_by_teller"] = {"user": recalled(0.4, 0.1, 7), "model": recalled(0.5, 0.1, 8)}
+    own = {**KITES["free_running"], "recall_by_teller": {"user": recalled(0.6, 0.1, 7), "model": recalled(0.7, 0.1, 8)}}
+    for lines in _shown({**REPORT, **both, "free_running": own}):
+        assert "only unrelated 20.0 % 10.0 % +10.0 pt +5.0 to +15.0 pt 5" in lines
+        assert "told by user, references 40.0 % 10.0 % +30.0 pt +25.0 to +35.0 pt 7" in lines
+        assert "told by user, its own 60.0 % 10.0 % +50.0 pt +45.0 to +55.0 pt 7" in lines
+    for lines in _shown(REPORT):
+        assert not any(line.startswith(("only unrelated", "told by")) for line in lines)
+
+
+def test_a_stateless_baseline_is_shown_beside_the_model() -> None:
+    baseline = {
+        **copy.deepcopy(KITES),
+        "responder": {"kind": "stateless", "history": "full", "window": 2048},
+        "answer_tokens": tokens(0.75, 2.117, 0.7, 4242),
+        "memory": None,
+        "masked": None,
+    }
+    run, _, page = _shown({**REPORT, "baseline": baseline})
+    for lines in (run, page):
+        assert "with memory 0.511 0.460 to 0.562 81.2 % 80.0 % 75.0 to 85.0 % 4.500" in lines
+        assert "stateless, with history 0.750 0.675 to 0.825 70.0 % 80.0 % 75.0 to 85.0 % 4.500" in lines
+        assert "stateless, no history 1.511 1.360 to 1.662 40.4 % 22.5 % 17.5 to 27.5 % –" in lines
+    assert max(map(len, render_table({**REPORT, "baseline": baseline}).splitlines())) <= 100
+    alone = render_evaluation(baseline)
+    assert "with history" in alone
+    assert "memory reset" not in alone
+
+
 def test_page_escapes_what_models_and_people_wrote_and_needs_nothing_from_outside() -> None:
-    page = render_html({**REPORT, "name": "<script>"}, {"recall": b"png", "losses": b"png"})
+    page = render_html({**REPORT, "name": "<script>"}, PICTURES)
     assert "<script" not in page
     assert "&lt;script&gt;alert(&#x27;&amp;&#x27;)&lt;/script&gt;" in page
     assert "A &lt;b&gt;hat&lt;/b&gt;." in page
     sources = re.findall(r'(?:src|href)\s*=\s*"([^"]*)"', page)
-    assert len(sources) == 2
+    assert len(sources) == len(PICTURES)
     assert all(source.startswith("data:image/png;base64,") for source in sources)
     assert not re.search(r"https?:|@import|url\(", page)
 
@@ -181,12 +311,34 @@ def test_loss_picture_is_drawn_whatever_was_recorded(histories: dict[str, list[d
     assert imread(io.BytesIO(draw_losses(histories)), format="png").std() > 0.01  # something is drawn
 
 
+def test_every_picture_shows_what_was_measured() -> None:
+    drawn = draw_evaluation(KITES)
+    assert set(drawn) == set(PICTURES) - {"losses"}
+    for picture in drawn.values():
+        assert imread(io.BytesIO(picture), format="png").std() > 0.01  # something is drawn
+    other = copy.deepcopy(KITES)
+    other["free_running"]["recall"]["2"]["with_memory"] = 0.5
+    other["by_turn"][0]["memory_reset"]["perplexity"] = 500.0
+    other["memory"]["by_write"][1]["norm"] = 3.0
+    other["latency"][0]["write_ms"] = 50.0
+    other["reward"]["scores"] = [1.0, 9.0]
+    assert all(picture != drawn[name] for name, picture in draw_evaluation(other).items())
+
+
+def test_intervals_are_drawn() -> None:
+    other = copy.deepcopy(KITES)
+    low, high = other["recall"]["2"]["intervals"]["with_memory"]
+    other["recall"]["2"]["intervals"]["with_memory"] = [low - 0.5, high]
+    assert draw_recall(other) != draw_recall(KITES)
+
+
 def test_report_without_questions_says_so_and_is_strict_json(tmp_path: Path) -> None:
     report = _unasked()
+    report["stages"][1]["loss_after"] = math.nan
     write_report(tmp_path, report, {})
     text = (tmp_path / "report.json").read_text()
     stored = json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
-    assert stored["recall_overall"] == {"with_memory": None, "reset": None, "gain": None, "count": 0}
+    assert stored["recall_overall"] == UNASKED
     assert render_table(stored) == render_table(report)
     assert "nan" not in render_table(report)
     assert "recall was not measured" in (tmp_path / "report.html").read_text()
@@ -223,7 +375,7 @@ def test_what_the_data_lost_is_said_in_the_terminal_and_shown_on_the_page() -> N
     assert (
         "Data: 2 bad rows set aside, 1 training rows that repeat held-out ones, 7 answers cut at the window." in table
     )
-    page = render_html(REPORT, {"recall": b"png", "losses": b"png"})
+    page = render_html(REPORT, PICTURES)
     assert "&lt;empty&gt;" in page
     for number in ("2,003", "41,500", "1.250", "3.500"):
         assert f">{number}<" in page
@@ -232,4 +384,4 @@ def test_what_the_data_lost_is_said_in_the_terminal_and_shown_on_the_page() -> N
         sources[0] |= {"bad": {}, "duplicates": 0}
     clean["data"]["tokens"]["texts_train"]["truncated"] = 0
     assert "Data:" not in render_table(clean)
-    assert "set aside because" not in render_html(clean, {"recall": b"png", "losses": b"png"})
+    assert "set aside because" not in render_html(clean, PICTURES)

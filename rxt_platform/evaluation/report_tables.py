@@ -1,0 +1,236 @@
+"""What was measured as tables of cells, the same for the terminal and for a page. No torch.
+
+The layout of an evaluation is in `evaluate.py`, that of a run's report in `report.py`. A number that was not measured
+is None and shows as a dash.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeGuard
+
+from rxt_platform.tables import Table
+
+COSINE_KIND = "memory_pretraining"
+"""The stage kind whose loss is a negative cosine; the others' are nats per token."""
+
+LOSS_NOTE = "Loss is in nats per token; that of memory pre-training is a negative cosine, -1 at best."
+
+_DASH = "–"
+_SPREAD = "95 %"
+
+Result = Mapping[str, Any]
+
+
+def stage_table(report: Result) -> Table:
+    """One row per stage; the counting baselines only where some stage has them."""
+    stages = report["stages"]
+    counted = any(stage["baselines"] for stage in stages)
+    header = ["stage", "status", "steps", "time", "loss before", "loss after"]
+    rows = []
+    for stage in stages:
+        row = [stage["name"], stage["status"], f"{stage['steps']:,}", duration(stage["seconds"])]
+        row += [number(stage["loss_before"]), number(stage["loss_after"])]
+        if counted:
+            row += [number((stage["baselines"] or {}).get(name)) for name in ("unigram", "bigram")]
+        rows.append(row)
+    return Table(header + (["unigram", "bigram"] if counted else []), rows, labels=2)
+
+
+def arms(result: Result) -> tuple[str, str]:
+    """What the two sides of every comparison are called: with the state of the conversation, and without."""
+    stateless = result["responder"]["kind"] == "stateless"
+    return ("with history", "no history") if stateless else ("with memory", "memory reset")
+
+
+def recall_tables(result: Result) -> list[Table]:
+    """Recall by distance; by task and by range where there are several; with the model's own answers, if tried."""
+    named = [(turns(distance), entry) for distance, entry in by_distance(result)]
+    tables = [_shares(result, "distance", [*named, ("overall", result["recall_overall"])])]
+    by_task, by_range = result["recall_by_task"], result["recall_long_range"]
+    if len(by_task) > 1:
+        tables.append(_shares(result, "task", list(by_task.items())))
+    if len(by_range) > 1:
+        names = {"true": "only unrelated", "false": "others"}
+        tables.append(_shares(result, "turns between", [(names[key], entry) for key, entry in by_range.items()]))
+    if result["free_running"] is not None:
+        ways = [(name, one["recall_overall"]) for name, one in _ways(result)]
+        if len(result["recall_by_teller"]) > 1:  # what a reference answer told, a model's own may not have
+            ways += [(f"told by user, {name}", one["recall_by_teller"]["user"]) for name, one in _ways(result)]
+        tables.append(_shares(result, "answers remembered", ways))
+    return tables
+
+
+def _shares(result: Result, kind: str, named: Sequence[tuple[str, Result]]) -> Table:
+    rows = [
+        [
+            label,
+            percent(entry["with_memory"]),
+            percent(entry["reset"]),
+            points(entry["gain"]),
+            spread(entry["intervals"]["gain"], points),
+            f"{entry['count']:,}",
+        ]
+        for label, entry in named
+    ]
+    return Table([kind, *arms(result), "gain", f"{_SPREAD} of gain", "questions"], rows)
+
+
+def _ways(result: Result) -> list[tuple[str, Result]]:
+    """What the memory held: the reference answers, and the model's own, if tried."""
+    own = result["free_running"]
+    return [("references", result), *([("its own", own)] if own is not None else [])]
+
+
+def answer_table(result: Result) -> Table:
+    """Held-out answer tokens, teacher-forced; and the encoder's guesses of hidden ones."""
+    named = zip(arms(result), ("answer_tokens", "memory_reset"), strict=True)
+    rows = [_tokens(label, result[key]) for label, key in named]
+    if result["masked"] is not None:
+        rows.append(_tokens("hidden from encoder", result["masked"]))
+    header = ["tokens of answers", "loss", f"{_SPREAD} of loss", "perplexity", "accuracy", f"{_SPREAD} of accuracy"]
+    return Table([*header, "tokens"], rows)
+
+
+def _tokens(label: str, entry: Result) -> list[str]:
+    return [
+        label,
+        number(entry["loss"]),
+        spread(entry["intervals"]["loss"], number),
+        number(entry.get("perplexity")),
+        percent(entry["accuracy"]),
+        spread(entry["intervals"]["accuracy"], percent),
+        f"{entry['count']:,}",
+    ]
+
+
+def turn_table(result: Result) -> Table:
+    """Answer tokens by turn."""
+    rows = []
+    for row in result["by_turn"]:
+        cells = [str(row["turn"])]
+        for name, shown in (("loss", number), ("perplexity", number), ("accuracy", percent)):
+            cells += [shown(row[arm][name]) for arm in ("with_memory", "memory_reset")]
+        rows.append([*cells, f"{row['count']:,}"])
+    lost = arms(result)[1].removeprefix("memory ")
+    header = [cell for name in ("loss", "perplexity", "accuracy") for cell in (name, lost)]
+    return Table(["turn", *header, "tokens"], rows)
+
+
+def reward_table(result: Result) -> Table:
+    """Composite reward of the follow-ups."""
+    rows = []
+    for label, way in _ways(result):
+        reward = way["reward"]
+        cells = [number(reward["mean"]), spread(reward["interval"], number)]
+        cells += [number(reward[name]) for name in ("min", "max")]
+        cells += [number(value) for value in reward["components"].values()]
+        rows.append([label, *cells, f"{reward['conversations']:,}"])
+    header = ["answers remembered", "reward", _SPREAD, "min", "max", "BLEU", "cosine", "length", "conversations"]
+    return Table(header, rows)
+
+
+def memory_tables(result: Result) -> list[Table]:
+    """The memory from write to write, and how open its gates were; none of a stateless model."""
+    if result["memory"] is None:
+        return []
+    rows = [
+        [
+            str(row["write"]) if row["write"] else "before",
+            number(row["norm"]),
+            percent(row["change"]),
+            percent(row["effective_rank"]),
+            number(row["slot_similarity"]),
+            f"{row['conversations']:,}",
+        ]
+        for row in result["memory"]["by_write"]
+    ]
+    header = ["write", "norm (RMS)", "changed by", "effective rank", "slots' |cosine|", "conversations"]
+    gates = [
+        [str(row["layer"]), *(number(row[name]) for name in ("mean", "min", "max"))]
+        for row in result["memory"]["gates"]
+    ]
+    return [Table(header, rows), *([Table(["gate of layer", "mean", "min", "max"], gates)] if gates else [])]
+
+
+def latency_table(result: Result) -> Table:
+    """Seconds of a turn."""
+    rows = [
+        [
+            str(row["turn"]),
+            f"{row['prompt_ms']:.1f} ms",
+            _DASH if row["tokens_per_second"] is None else f"{row['tokens_per_second']:,.0f}",
+            f"{row['write_ms']:.1f} ms",
+            f"{row['conversations']:,}",
+        ]
+        for row in result["latency"]
+    ]
+    return Table(["turn", "first token", "tokens per second", "memory write", "conversations"], rows)
+
+
+def comparison_table(report: Result) -> Table:
+    """A run's model beside its stateless baseline, each with and without what was said before."""
+    rows = []
+    for kind, result in (("", report), ("stateless, ", report["baseline"])):
+        told, reset = arms(result)
+        for label, tokens, arm in ((told, "answer_tokens", "with_memory"), (reset, "memory_reset", "reset")):
+            recall, reward = result["recall_overall"], result["reward"]["mean"]
+            rows.append(
+                [
+                    kind + label,
+                    number(result[tokens]["loss"]),
+                    spread(result[tokens]["intervals"]["loss"], number),
+                    percent(result[tokens]["accuracy"]),
+                    percent(recall[arm]),
+                    spread(recall["intervals"][arm], percent),
+                    number(reward if arm == "with_memory" else None),
+                ]
+            )
+    header = ["model", "loss", f"{_SPREAD} of loss", "accuracy", "recall", f"{_SPREAD} of recall", "reward"]
+    return Table(header, rows)
+
+
+def by_distance(result: Result) -> list[tuple[str, Result]]:
+    """Recall entries, nearest first."""
+    return sorted(result["recall"].items(), key=lambda item: int(item[0].rstrip("+")))
+
+
+def turns(distance: str) -> str:
+    """A distance in words."""
+    return f"{distance} turn" if distance == "1" else f"{distance} turns"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the unit a person would say."""
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def percent(share: float | None) -> str:
+    """A share of 0..1 as a percentage."""
+    return f"{100 * share:.1f} %" if _known(share) else _DASH
+
+
+def points(gain: float | None) -> str:
+    """A difference of two shares, in percentage points."""
+    return f"{100 * gain:+.1f} pt" if _known(gain) else _DASH
+
+
+def number(value: float | None) -> str:
+    """Three decimals, or a power of ten."""
+    if not _known(value):
+        return _DASH
+    return f"{value:.3f}" if abs(value) < 1e5 else f"{value:.2e}"
+
+
+def spread(interval: Sequence[float] | None, shown: Any) -> str:
+    """An interval, its ends as `shown` writes them, the unit once."""
+    if interval is None:
+        return _DASH
+    low, high = (shown(end) for end in interval)
+    return f"{low.rsplit(' ', 1)[0]} to {high}"
+
+
+def _known(value: float | None) -> TypeGuard[float]:
+    return value is not None and math.isfinite(value)
