@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from rxt_platform.errors import ArtifactError
+from rxt_platform.evaluation.comparison import comparison_tables
 from rxt_platform.evaluation.data_tables import data_note
 from rxt_platform.evaluation.report_page import render_evaluation_html, render_html
-from rxt_platform.evaluation.report_pictures import draw_evaluation, draw_losses
+from rxt_platform.evaluation.report_pictures import draw_comparison, draw_evaluation, draw_losses
 from rxt_platform.evaluation.report_tables import (
     COSINE_KIND,
     LOSS_NOTE,
     answer_table,
-    comparison_table,
     duration,
     latency_table,
     memory_tables,
@@ -38,9 +38,9 @@ Report = dict[str, Any]
 
     name, seed, created (ISO 8601), run_seconds, model (path)
     versions          {package: version}
-    parameters        {decoder, encoder, memory_attention, mlm_head, total}
+    parameters        {decoder, encoder, memory_attention, mlm_head, total, baseline (of a run that has one)}
     steps             [{name, kind, status: made | reused | resumed, seconds, fingerprint, artifact}]
-    stages            [{name, kind, status, seconds, steps, loss_before, loss_after,
+    stages            [{name, kind, stateless, status, seconds, steps, tokens, loss_before, loss_after,
                         baselines: {unigram, bigram, tokens} | None,
                         expert_load: {max, min} | None}]: the busiest and the idlest expert's share of held-out
                       tokens, as multiples of a fair one
@@ -63,7 +63,8 @@ def render_table(report: Report) -> str:
         parts.append(LOSS_NOTE)
     parts.append("\n" + render_evaluation(report))
     if report["baseline"] is not None:
-        parts += ["\nBeside the stateless baseline", text_table(comparison_table(report))]
+        parts.append("\nBeside the stateless baseline")
+        parts.append("\n\n".join(text_table(table) for table in comparison_tables(report)))
     parts += [
         *([f"\n{note}"] if (note := data_note(report["data"])) else []),
         f"\nTotal time: {duration(report['run_seconds'])}",
@@ -93,6 +94,8 @@ def write_report(directory: Path, report: Report, histories: dict[str, list[dict
     """
     pictures = {**draw_evaluation(report), "losses": draw_losses(histories)}
     files = {f"{name}.png": pictures[name] for name in ("recall", "losses")}
+    if report["baseline"] is not None:
+        pictures["comparison"] = draw_comparison(report)
     files["report.html"] = render_html(report, pictures).encode()
     files["report.json"] = (to_json(report) + "\n").encode()
     try:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from rxt_platform.evaluation.comparison import comparison_tables
 from rxt_platform.evaluation.data_tables import data_tables
 from rxt_platform.evaluation.page import html_page, image, note
 from rxt_platform.evaluation.report_tables import (
@@ -12,7 +13,6 @@ from rxt_platform.evaluation.report_tables import (
     answer_table,
     arms,
     by_distance,
-    comparison_table,
     duration,
     latency_table,
     memory_tables,
@@ -29,7 +29,7 @@ from rxt_platform.tables import Table, html_table
 
 Result = Mapping[str, Any]
 Pictures = Mapping[str, bytes]
-"""PNGs by the names that `draw_evaluation` gives; a run's also has `losses`."""
+"""PNGs by the names that `draw_evaluation` gives; a run's also has `losses`, and `comparison` with a baseline."""
 
 
 def render_evaluation_html(title: str, result: Result, pictures: Pictures) -> str:
@@ -50,7 +50,7 @@ def render_html(report: Result, pictures: Pictures) -> str:
     )
     sections = {
         "Recall by distance": measured.pop("Recall by distance"),
-        **({"Beside the stateless baseline": html_table(comparison_table(report))} if report["baseline"] else {}),
+        **({"Beside the stateless baseline": _comparison(report, pictures)} if report["baseline"] else {}),
         "Training": training,
         **measured,
         "Sampled conversations": _samples(report),
@@ -59,6 +59,15 @@ def render_html(report: Result, pictures: Pictures) -> str:
     }
     origin = f"seed {report['seed']} · made {report['created']} · {duration(report['run_seconds'])}"
     return html_page(f"{report['name']}: training report", origin, _headline(report), sections)
+
+
+def _comparison(report: Result, pictures: Pictures) -> str:
+    said = "Recall by distance and time to the first token by turn, beside a stateless model of the same size."
+    return (
+        image(pictures["comparison"], said)
+        + note("The baseline trained on the same rows in the same order, and reads the whole conversation each turn.")
+        + _tables(comparison_tables(report))
+    )
 
 
 def _measured(result: Result, pictures: Pictures) -> dict[str, str]:

@@ -186,6 +186,43 @@ def draw_rewards(result: Result) -> bytes:
     return _png(figure)
 
 
+def draw_comparison(report: Result) -> bytes:
+    """PNG of a run's model beside its stateless baseline: recall by distance, time to the first token by turn."""
+    baseline = report["baseline"]
+    figure = Figure(figsize=(_WIDTH, 2.8), layout="constrained")
+    axes = figure.add_subplot(1, 2, 1)
+    axes.set_title("recall", fontsize=10, loc="left")
+    series = [
+        ("with memory", report, "with_memory", _MEMORY_COLOUR),
+        ("stateless, whole history", baseline, "with_memory", _RESET_COLOUR),
+        ("stateless, no history", baseline, "reset", _OWN_COLOUR),
+    ]
+    for label, result, arm, colour in series:
+        entries = [(int(distance.rstrip("+")), entry) for distance, entry in by_distance(result)]
+        values = [entry[arm] for _, entry in entries]
+        errors = _errors([(entry[arm], entry["intervals"][arm]) for _, entry in entries])
+        places = [distance for distance, _ in entries]
+        axes.errorbar(places, values, errors, color=colour, label=label, marker="o", markersize=3, capsize=2, lw=1.4)
+    axes.set_ylim(0, 1.05)
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.set_xlabel("turns from telling to asking")
+    axes.legend(frameon=False, fontsize=8)
+    _tidy(axes)
+    axes = figure.add_subplot(1, 2, 2)
+    axes.set_title("milliseconds to the first token", fontsize=10, loc="left")
+    for label, result, colour in (("with memory", report, _MEMORY_COLOUR), ("stateless", baseline, _RESET_COLOUR)):
+        rows = result["latency"]
+        places = [row["turn"] for row in rows]
+        axes.plot(places, [row["prompt_ms"] for row in rows], color=colour, label=label, marker="o", markersize=3)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("turn")
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.legend(frameon=False, fontsize=8)
+    _tidy(axes)
+    return _png(figure)
+
+
 def _lines(axes: Axes, places: Sequence[int], series: Sequence[Series], label: str) -> None:
     """Lines over whole numbers, from 0 up; gaps where a value is None."""
     for name, values, colour in series:

@@ -158,35 +158,13 @@ def latency_table(result: Result) -> Table:
         [
             str(row["turn"]),
             f"{row['prompt_ms']:.1f} ms",
-            _DASH if row["tokens_per_second"] is None else f"{row['tokens_per_second']:,.0f}",
+            rate(row["tokens_per_second"]),
             f"{row['write_ms']:.1f} ms",
             f"{row['conversations']:,}",
         ]
         for row in result["latency"]
     ]
     return Table(["turn", "first token", "tokens per second", "memory write", "conversations"], rows)
-
-
-def comparison_table(report: Result) -> Table:
-    """A run's model beside its stateless baseline, each with and without what was said before."""
-    rows = []
-    for kind, result in (("", report), ("stateless, ", report["baseline"])):
-        told, reset = arms(result)
-        for label, tokens, arm in ((told, "answer_tokens", "with_memory"), (reset, "memory_reset", "reset")):
-            recall, reward = result["recall_overall"], result["reward"]["mean"]
-            rows.append(
-                [
-                    kind + label,
-                    number(result[tokens]["loss"]),
-                    spread(result[tokens]["intervals"]["loss"], number),
-                    percent(result[tokens]["accuracy"]),
-                    percent(recall[arm]),
-                    spread(recall["intervals"][arm], percent),
-                    number(reward if arm == "with_memory" else None),
-                ]
-            )
-    header = ["model", "loss", f"{_SPREAD} of loss", "accuracy", "recall", f"{_SPREAD} of recall", "reward"]
-    return Table(header, rows)
 
 
 def by_distance(result: Result) -> list[tuple[str, Result]]:
@@ -222,6 +200,11 @@ def number(value: float | None) -> str:
     if not _known(value):
         return _DASH
     return f"{value:.3f}" if abs(value) < 1e5 else f"{value:.2e}"
+
+
+def rate(value: float | None) -> str:
+    """A number of things per second."""
+    return f"{value:,.0f}" if _known(value) else _DASH
 
 
 def spread(interval: Sequence[float] | None, shown: Any) -> str:

@@ -46,15 +46,15 @@ def matched_baseline(config: ModelConfig, window: int) -> ModelConfig:
     longest history in tokens.
     """
     wanted = measure_size(config).total.parameters
-    one, two = (_parameters(_resized(config, window, layers, 1.0)) for layers in (1, 2))
+    one, two = (count_parameters(_resized(config, window, layers, 1.0)) for layers in (1, 2))
     nearest = 1 + round((wanted - one) / (two - one))
     candidates = []
     for layers in {max(1, nearest - 1), max(1, nearest), nearest + 1}:
-        narrow, wide = (_parameters(_resized(config, window, layers, width)) for width in (1.0, 2.0))
+        narrow, wide = (count_parameters(_resized(config, window, layers, width)) for width in (1.0, 2.0))
         width = 1.0 + (wanted - narrow) / (wide - narrow)
         if width > 0:
             candidates.append(_resized(config, window, layers, width))
-    return min(candidates, key=lambda candidate: abs(_parameters(candidate) - wanted))
+    return min(candidates, key=lambda candidate: abs(count_parameters(candidate) - wanted))
 
 
 def _resized(config: ModelConfig, window: int, layers: int, width: float) -> ModelConfig:
@@ -69,6 +69,7 @@ def _resized(config: ModelConfig, window: int, layers: int, width: float) -> Mod
     return ModelConfig.model_validate({**config.model_dump(), **changes})
 
 
-def _parameters(config: ModelConfig) -> int:
+def count_parameters(config: ModelConfig) -> int:
+    """Parameters of a `StatelessTransformer`."""
     with torch.device("meta"):
         return count(StatelessTransformer(config)).parameters

@@ -20,7 +20,15 @@ from rxt_platform.config.stages import StageConfig
 from rxt_platform.data.sources import source_identity
 from rxt_platform.errors import ArtifactError, ConfigError
 from rxt_platform.model.baseline import matched_baseline
-from rxt_platform.storage.directory import Manifest, content_hash, differences, read_manifest, verify_directory
+from rxt_platform.model.files import WEIGHTS, find_model
+from rxt_platform.storage.directory import (
+    Manifest,
+    content_hash,
+    differences,
+    file_hash,
+    read_manifest,
+    verify_directory,
+)
 
 StepKind = Literal["corpus", "tokenizer", "tokens", "training", "evaluation"]
 
@@ -109,6 +117,8 @@ def build_plan(config: RunConfig) -> list[Step]:
     inputs |= {"baseline": baseline[-1].fingerprint} if baseline else {}
     too_long = config.data.validation.too_long
     spec = {**config.evaluation.model_dump(mode="json"), "seed": config.seed, "too_long": too_long}
+    if config.evaluation.reward_model is not None:
+        spec["reward_model"] = _weights_hash("evaluation.reward_model", config.evaluation.reward_model)
     evaluation = Step("evaluation", "evaluation", spec, inputs, storage)
     return [corpus, tokenizer, tokens, *trained, *baseline, evaluation]
 
@@ -252,6 +262,14 @@ def _starting_model(config: RunConfig) -> tuple[Path, Manifest] | None:
     if changes:
         raise ConfigError(f"{key}: {path} is another model: {'; '.join(changes)}")
     return path, manifest
+
+
+def _weights_hash(key: str, path: str) -> str:
+    """What identifies a model given by its path; errors name the `key` that holds it."""
+    try:
+        return file_hash(find_model(path) / WEIGHTS)
+    except (ArtifactError, OSError) as error:
+        raise ArtifactError(f"{key}: {error}") from None
 
 
 @cache

@@ -11,11 +11,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from rxt_platform.config.run import RunConfig
+from rxt_platform.config.run import BASELINE, RunConfig
 from rxt_platform.data.corpus import VALIDATION
 from rxt_platform.data.shards import read_summary
 from rxt_platform.errors import ArtifactError, StoppedError
 from rxt_platform.evaluation.report import REPORT_FILES, Report, render_table, write_report
+from rxt_platform.model.baseline import count_parameters, matched_baseline
 from rxt_platform.model.parameters import measure_size
 from rxt_platform.orchestration import ray_jobs
 from rxt_platform.orchestration.evaluate import RESULT, evaluate_run
@@ -189,7 +190,6 @@ def _tags(step: Step, status: str) -> dict[str, str]:
 def _report(run: _Run, plan: list[Step], seconds: float) -> Report:
     """The run's report, from its artifacts."""
     evaluation = json.loads((plan[-1].artifact / RESULT).read_text())
-    size = measure_size(run.config.model)
     trained = [outcome for outcome in run.outcomes if outcome.step.kind == "training"]
     report: Report = {
         "name": run.config.name,
@@ -199,8 +199,7 @@ def _report(run: _Run, plan: list[Step], seconds: float) -> Report:
         "model": str(last_trained(plan).artifact),
         "versions": {"python": platform.python_version()}
         | {lib: importlib.metadata.version(lib) for lib in _LIBRARIES},
-        "parameters": {name: count.parameters for name, count in size.components.items()}
-        | {"total": size.total.parameters},
+        "parameters": _parameters(run.config),
         "steps": [
             {
                 "name": outcome.step.name,
@@ -224,6 +223,14 @@ def _report(run: _Run, plan: list[Step], seconds: float) -> Report:
     return report
 
 
+def _parameters(config: RunConfig) -> dict[str, int]:
+    size = measure_size(config.model)
+    counts = {name: count.parameters for name, count in size.components.items()} | {"total": size.total.parameters}
+    if config.baseline is not None:
+        counts["baseline"] = count_parameters(matched_baseline(config.model, config.baseline.window))
+    return counts
+
+
 def data_report(plan: list[Step]) -> dict[str, Any]:
     """What the rows were like: validation by source, tokens of each part, the tokenizer's fit."""
     corpus, tokenizer, tokens = (step.artifact for step in plan[: len(PREPARED)])
@@ -240,12 +247,14 @@ def _stage_row(outcome: Outcome, baselines: dict[str, Any]) -> dict[str, Any]:
     return {
         "name": outcome.step.name,
         "kind": stage.kind,
+        "stateless": outcome.step.stateless,
         "status": outcome.status,
         "seconds": outcome.seconds,
         "steps": int(metrics["steps"]),
+        "tokens": int(metrics["tokens"]),
         "loss_before": metrics["loss_before"],
         "loss_after": metrics["loss_after"],
-        "baselines": baselines.get(outcome.step.name),
+        "baselines": baselines.get(outcome.step.name.removeprefix(BASELINE)),
         "expert_load": {end: metrics[f"expert_load_{end}_after"] for end in ("max", "min")}
         if "expert_load_max_after" in metrics
         else None,

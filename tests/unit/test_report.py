@@ -16,7 +16,7 @@ from matplotlib.image import imread
 from rxt_platform.errors import ArtifactError
 from rxt_platform.evaluation.report import render_evaluation, render_table, write_report
 from rxt_platform.evaluation.report_page import render_html
-from rxt_platform.evaluation.report_pictures import draw_evaluation, draw_losses, draw_recall
+from rxt_platform.evaluation.report_pictures import draw_comparison, draw_evaluation, draw_losses, draw_recall
 
 NOTHING = dict.fromkeys(("with_memory", "reset", "gain"))
 UNASKED = {**NOTHING, "count": 0, "intervals": NOTHING}
@@ -140,6 +140,8 @@ REPORT: dict[str, Any] = {
             "status": "made",
             "seconds": 61.0,
             "steps": 1200,
+            "stateless": False,
+            "tokens": 1_000_000,
             "loss_before": 6.543,
             "loss_after": 1.234,
             "baselines": {"unigram": 4.321, "bigram": 2.109, "tokens": 5000},
@@ -150,6 +152,8 @@ REPORT: dict[str, Any] = {
             "status": "resumed",
             "seconds": 4000.0,
             "steps": 10,
+            "stateless": False,
+            "tokens": 20_000,
             "loss_before": -0.125,
             "loss_after": -0.875,
             "baselines": None,
@@ -201,7 +205,7 @@ REPORT: dict[str, Any] = {
     **KITES,
     "baseline": None,
 }
-PICTURES = dict.fromkeys(("recall", "turns", "memory", "rewards", "latency", "losses"), b"png")
+PICTURES = dict.fromkeys(("recall", "turns", "memory", "rewards", "latency", "losses", "comparison"), b"png")
 HISTORIES = {"joint": [{"step": 1, "loss": 6.5, "lr": 0.1}, {"step": 2, "loss": 5.0, "lr": 0.1}], "memory": []}
 
 
@@ -284,12 +288,26 @@ def test_a_stateless_baseline_is_shown_beside_the_model() -> None:
         "memory": None,
         "masked": None,
     }
-    run, _, page = _shown({**REPORT, "baseline": baseline})
+    baseline["recall"] = {distance: recalled(0.6, 0.1, 20) for distance in KITES["recall"]}
+    baseline["latency"] = [{**row, "prompt_ms": 4 * row["prompt_ms"]} for row in KITES["latency"]]
+    trained = {**REPORT["stages"][0], "name": "baseline.joint", "stateless": True, "seconds": 40.0}
+    compared = {
+        **REPORT,
+        "baseline": baseline,
+        "parameters": {**REPORT["parameters"], "baseline": 900_000},
+        "stages": [*REPORT["stages"], trained],
+    }
+    run, _, page = _shown(compared)
     for lines in (run, page):
-        assert "with memory 0.511 0.460 to 0.562 81.2 % 80.0 % 75.0 to 85.0 % 4.500" in lines
-        assert "stateless, with history 0.750 0.675 to 0.825 70.0 % 80.0 % 75.0 to 85.0 % 4.500" in lines
-        assert "stateless, no history 1.511 1.360 to 1.662 40.4 % 22.5 % 17.5 to 27.5 % –" in lines
-    assert max(map(len, render_table({**REPORT, "baseline": baseline}).splitlines())) <= 100
+        assert "reactive 901,240 1,000,000 20,000 4,061 s" in lines
+        assert "stateless 900,000 1,000,000 0 40 s" in lines
+        assert "with memory 1.667 1.500 to 1.834 81.2 % 80.0 % 75.0 to 85.0 % 4.500" in lines
+        assert "stateless, with history 2.117 1.905 to 2.329 70.0 % 80.0 % 75.0 to 85.0 % 4.500" in lines
+        assert "stateless, no history 4.531 4.078 to 4.984 40.4 % 22.5 % 17.5 to 27.5 % –" in lines
+        assert "1 12.3 ms 49.4 ms 1,234 1,234" in lines
+        assert any(line == "2 turns 90.0 % 85.0 to 95.0 % 60.0 % 55.0 to 65.0 % 10.0 % 30" for line in lines)
+    assert max(map(len, render_table(compared).splitlines())) <= 100
+    assert draw_comparison(compared).startswith(b"\x89PNG")
     alone = render_evaluation(baseline)
     assert "with history" in alone
     assert "memory reset" not in alone
@@ -301,7 +319,7 @@ def test_page_escapes_what_models_and_people_wrote_and_needs_nothing_from_outsid
     assert "&lt;script&gt;alert(&#x27;&amp;&#x27;)&lt;/script&gt;" in page
     assert "A &lt;b&gt;hat&lt;/b&gt;." in page
     sources = re.findall(r'(?:src|href)\s*=\s*"([^"]*)"', page)
-    assert len(sources) == len(PICTURES)
+    assert len(sources) == len(PICTURES) - 1, "no comparison without a baseline"
     assert all(source.startswith("data:image/png;base64,") for source in sources)
     assert not re.search(r"https?:|@import|url\(", page)
 
@@ -313,7 +331,7 @@ def test_loss_picture_is_drawn_whatever_was_recorded(histories: dict[str, list[d
 
 def test_every_picture_shows_what_was_measured() -> None:
     drawn = draw_evaluation(KITES)
-    assert set(drawn) == set(PICTURES) - {"losses"}
+    assert set(drawn) == set(PICTURES) - {"losses", "comparison"}
     for picture in drawn.values():
         assert imread(io.BytesIO(picture), format="png").std() > 0.01  # something is drawn
     other = copy.deepcopy(KITES)

@@ -1,0 +1,51 @@
+"""Promises of the plan: what identifies a step, and what the baseline adds to it."""
+
+from pathlib import Path
+
+import pytest
+
+from rxt_platform.errors import ArtifactError
+from rxt_platform.orchestration.plan import build_plan, last_trained
+from tests.support import small_run
+
+
+def fingerprints(*overrides: str, storage: Path) -> dict[str, str]:
+    return {step.name: step.fingerprint for step in build_plan(small_run(storage, *overrides))}
+
+
+def test_the_reward_s_model_is_identified_by_its_weights_not_by_its_place(tmp_path: Path) -> None:
+    contents = {"one": b"weights", "same": b"weights", "other": b"others"}
+    for name, content in contents.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(content)
+    found = {
+        name: fingerprints(f"evaluation.reward_model={tmp_path / name}", storage=tmp_path)["evaluation"]
+        for name in contents
+    }
+    assert found["one"] == found["same"] != found["other"]
+    assert found["one"] != fingerprints(storage=tmp_path)["evaluation"]
+    with pytest.raises(ArtifactError, match=r"evaluation.reward_model: .*no such model directory"):
+        fingerprints(f"evaluation.reward_model={tmp_path / 'none'}", storage=tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ArtifactError, match=r"evaluation.reward_model: .*model.safetensors"):
+        fingerprints(f"evaluation.reward_model={tmp_path / 'empty'}", storage=tmp_path)
+
+
+def test_a_baseline_adds_its_steps_and_changes_none_but_the_evaluation(tmp_path: Path) -> None:
+    alone, both = fingerprints(storage=tmp_path), fingerprints("baseline={window: 512}", storage=tmp_path)
+    added = ["baseline.pretraining", "baseline.sft", "baseline.memory_aware"]
+    assert [name for name in both if name not in alone] == added
+    assert {name for name in alone if alone[name] != both[name]} == {"evaluation"}
+    assert list(both)[-1] == "evaluation"
+    longer = fingerprints("baseline={window: 600}", storage=tmp_path)
+    assert {name for name in both if longer[name] != both[name]} == {*added, "evaluation"}
+    plan = build_plan(small_run(tmp_path, "baseline={window: 512}"))
+    assert last_trained(plan).name == "memory_aware"
+    assert last_trained(plan, stateless=True).name == "baseline.memory_aware"
+
+
+def test_what_ends_a_stage_early_is_part_of_what_it_is(tmp_path: Path) -> None:
+    early = "stages.memory_pretraining.early_stopping={every: 2, patience: 1}"
+    plain, stopped = fingerprints(storage=tmp_path), fingerprints(early, storage=tmp_path)
+    changed = {name for name in plain if plain[name] != stopped[name]}
+    assert changed == {"memory_pretraining", "memory_aware", "evaluation"}
