@@ -134,6 +134,25 @@ def test_tracking_server_that_is_away_costs_records_not_the_run(finished_pipelin
     assert len(read_report(finished_pipeline)["samples"]) == 2
 
 
+def test_a_baseline_is_trained_beside_a_finished_model_and_measured_by_the_same_code(finished_pipeline: Path) -> None:
+    done = run_driver(finished_pipeline, "name=compared", "baseline={window: 512}")
+    assert done.returncode == 0, done.stderr[-2000:]
+    report = json.loads((finished_pipeline / "compared/report.json").read_text())
+    status = {step["name"]: step["status"] for step in report["steps"]}
+    assert {status[stage] for stage in STAGES} == {"reused"}
+    baseline = ["baseline.pretraining", "baseline.sft", "baseline.memory_aware"]
+    assert [name for name, how in status.items() if how == "made"] == [*baseline, "evaluation"]
+    assert report["baseline"]["responder"] == {"kind": "stateless", "history": "full", "window": 512}
+    for name in ("conversations", "turns"):
+        assert report["baseline"][name] == report[name]
+    assert report["baseline"]["answer_tokens"]["count"] == report["answer_tokens"]["count"]
+    assert report["parameters"]["baseline"] == pytest.approx(report["parameters"]["total"], rel=0.05)
+    tokens = {stage["name"]: stage["tokens"] for stage in report["stages"]}
+    assert all(tokens[name] == tokens[name.removeprefix("baseline.")] > 0 for name in baseline)
+    assert "Beside the stateless baseline" in done.stdout
+    assert report["model"] == read_report(finished_pipeline)["model"], "the model, not the baseline"
+
+
 def rxt(*arguments: str, stdin: str = "") -> str:
     """What a user's `rxt` command prints."""
     command = [str(Path(sys.executable).parent / "rxt"), *arguments]
