@@ -5,9 +5,11 @@ import tomllib
 from typing import Any
 
 import yaml
+from pydantic import TypeAdapter
 
 from rxt_platform.config.data import DataConfig
 from rxt_platform.config.run import ResourcesConfig
+from rxt_platform.config.stages import StageConfig
 from rxt_platform.config.training import TrainingConfig
 from tests.support import ROOT
 
@@ -63,6 +65,17 @@ def test_the_readme_s_training_section_is_valid() -> None:
     training = TrainingConfig.model_validate(block["training"])
     assert training.checkpoints.best is not None
     assert ResourcesConfig.model_validate(block["resources"]).workers == 8
+
+
+def test_the_readme_s_stages_are_valid() -> None:
+    (block,) = (block for block in yaml_blocks() if "stages" in block)
+    stages = TypeAdapter(dict[str, StageConfig]).validate_python(block["stages"])
+    assert [stage.kind for stage in stages.values()] == [
+        "joint_pretraining",
+        "interaction_sft",
+        "memory_pretraining",
+        "memory_aware",
+    ]
 
 
 def yaml_blocks() -> list[dict[str, Any]]:
