@@ -42,9 +42,12 @@ class EvaluationConfig(Spec):
 
 
 class BaselineConfig(Spec):
-    """The stateless baseline: a decoder of the same total size that reads the whole history, without any memory."""
+    """The stateless baseline: a decoder of the same total size that reads the whole history, without any memory.
 
-    window: int = Field(2048, gt=0, description="longest history in tokens; of a longer one the oldest turns are lost")
+    It trains on the rows of the stages that a model without memory can take part in.
+    """
+
+    window: int = Field(2048, gt=0, description="longest conversation in tokens, with the answer to its last turn")
 
 
 class TrackingConfig(Spec):
@@ -99,8 +102,24 @@ class RunConfig(Spec):
                 "baseline: the first stage starts from another model, whose tokens the baseline has not seen; leave "
                 "out start_from or the baseline"
             )
+        for name, stage in self.stages.items():
+            if trains_without_memory(stage) and stage.early_stopping is not None:
+                raise ValueError(
+                    f"baseline: stages.{name}.early_stopping would end the model's stage and the baseline's at "
+                    "different steps, and both must see the same rows; leave one of the two out"
+                )
         if not any(trains_without_memory(stage) for stage in self.stages.values()):
             raise ValueError("baseline: no stage can be trained without a memory")
+        return self
+
+    @model_validator(mode="after")
+    def _a_decoder_alone_has_an_embedding(self) -> Self:
+        name, stage = next(iter(self.stages.items()))
+        if getattr(stage, "trains", "both") == "decoder" and stage.start_from is None:
+            raise ValueError(
+                f"stages.{name}: trains: decoder reads the encoder's embedding, which would be random: train the "
+                "encoder first, or start from a model"
+            )
         return self
 
     @model_validator(mode="after")

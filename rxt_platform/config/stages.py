@@ -48,7 +48,8 @@ class OptimizerConfig(Spec):
 class EarlyStopping(Spec):
     """The stage ends when a held-out metric has not improved for a while: it has converged.
 
-    Counted from the last change of phase or lesson on. The learning rate's schedule is that of the whole stage.
+    Counted from the last change of phase or lesson on. The learning rate's schedule is that of the whole stage, and
+    what is handed on are its last weights; `training.checkpoints.best` keeps the best ones beside them.
     """
 
     every: int = Field(gt=0, description="steps between two measurements")
@@ -91,7 +92,9 @@ class JointLossConfig(Spec):
 
     mask_probability: Share = Field(0.15, description="share of the encoder's tokens that it must guess")
     mask_random: Share = Field(
-        0.0, description="share of these that are shown as another token instead of [MASK]; 0.1 in BERT's 80/10/10"
+        0.0,
+        description="share of these that are shown as another token of the model's vocabulary instead of [MASK]; 0.1 "
+        "in BERT's 80/10/10",
     )
     mask_kept: Share = Field(0.0, description="share of these that are shown as they are; 0.1 in BERT's 80/10/10")
     memory_noise: float = Field(0.0, ge=0, description="standard deviation of the noise on the states read as memory")
@@ -100,7 +103,9 @@ class JointLossConfig(Spec):
         0.3, description="share of rows whose decoder reads an empty memory, so that its self-attention learns too"
     )
     freeze_memory_path: bool = Field(
-        False, description="in these rows memory cross-attention gets no gradient: it learns from encoder states only"
+        False,
+        description="in these rows what memory cross-attention adds is a constant: no gradient goes through it, so "
+        "that it learns from encoder states only",
     )
     encoder_weight: float = Field(1.0, ge=0)
     decoder_weight: float = Field(1.0, ge=0)
@@ -113,6 +118,14 @@ class JointLossConfig(Spec):
     def _shares_are_of_one_whole(self) -> Self:
         if self.mask_random + self.mask_kept > 1:
             raise ValueError(f"mask_random {self.mask_random:g} and mask_kept {self.mask_kept:g} are more than 1")
+        return self
+
+    @model_validator(mode="after")
+    def _shares_of_nothing(self) -> Self:
+        if not self.mask_probability and (self.mask_random or self.mask_kept):
+            raise ValueError("mask_random and mask_kept have no effect with mask_probability 0")
+        if self.freeze_memory_path and not self.decoder_only:
+            raise ValueError("freeze_memory_path has no effect with decoder_only 0")
         return self
 
 
@@ -234,9 +247,14 @@ class MemoryAwareConfig(StageBase):
     balance_weight: float = Field(0.01, ge=0, description="weight of the experts' load balance")
     memory_change_weight: float = Field(0.0, ge=0, description=_CHANGE)
     reset_probability: Share = Field(
-        0.0, description="before each turn but the first, so often all that a conversation has written is forgotten"
+        0.0,
+        description="before each turn but the first, so often all that a conversation has written is forgotten, its "
+        "system prompt excepted",
     )
-    system_prompts: bool = Field(True, description="a conversation's system prompt is written before its first turn")
+    system_prompts: bool = Field(
+        True,
+        description="a conversation's system prompt is written before its first turn (in evaluations always)",
+    )
 
     @property
     def metrics(self) -> tuple[str, ...]:

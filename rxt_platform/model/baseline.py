@@ -64,8 +64,11 @@ def _resized(config: ModelConfig, window: int, layers: int, width: float) -> Mod
         decoder["experts"]["size"] = max(8, round(decoder["experts"]["size"] * width / 8) * 8)
     elif decoder["feed_forward_size"] is not None:
         decoder["feed_forward_size"] = max(8, round(decoder["feed_forward_size"] * width / 8) * 8)
-    memory = {**config.memory.model_dump(), "variant": "simple", "groups": 1}
-    changes = {"layers": layers, "max_length": window, "decoder": decoder, "memory": memory}
+    # Encoder and memory are not part of it: whatever the model's are, the baseline is the same.
+    attention = decoder["cross_attention"] = decoder["self_attention"]
+    encoder = {"attention": attention, "feed_forward_size": 8}
+    memory = {"slots": 1, "attention": attention, "variant": "simple"}
+    changes = {"layers": layers, "max_length": window, "decoder": decoder, "encoder": encoder, "memory": memory}
     return ModelConfig.model_validate({**config.model_dump(), **changes})
 
 

@@ -49,6 +49,7 @@ ARTIFACT_KIND: dict[StepKind, str] = {
     "evaluation": "evaluation",
 }
 _NOT_IDENTITY = {"micro_batch_size", "start_from"}  # how or from where, not what
+_STATELESS_IDENTITY = {"kind", "epochs", "global_batch_size", "optimizer", "packing", "curriculum", "system_prompts"}
 
 
 @dataclass(frozen=True)
@@ -232,7 +233,7 @@ def _training_step(
     guard = config.training.spike_guard
     spec = {
         "name": name.removeprefix(BASELINE),
-        "stage": {key: value for key, value in stage.model_dump(mode="json").items() if key not in _NOT_IDENTITY},
+        "stage": _stage_identity(stage, stateless is not None),
         "model": (stateless or config.model).model_dump(mode="json"),
         "precision": config.training.precision,
         "spike_guard": guard and guard.model_dump(mode="json"),
@@ -242,6 +243,16 @@ def _training_step(
     if stateless is not None:
         spec |= {"stateless": True, "window": config.model.max_length}
     return Step(name, "training", spec, inputs, tokens.storage, stage, origin and origin[0], stateless is not None)
+
+
+def _stage_identity(stage: StageConfig, stateless: bool) -> dict[str, Any]:
+    """What of a stage's settings decides its result; of the baseline's only what a model without memory uses."""
+    dumped = stage.model_dump(mode="json")
+    if stateless:
+        loss = dumped.get("loss", dumped)
+        kept = {key: value for key, value in dumped.items() if key in _STATELESS_IDENTITY}
+        return {**kept, "balance_weight": loss["balance_weight"]}
+    return {key: value for key, value in dumped.items() if key not in _NOT_IDENTITY}
 
 
 def _starting_model(config: RunConfig) -> tuple[Path, Manifest] | None:

@@ -16,7 +16,7 @@ from rxt_platform.model.files import TOKENIZER
 from rxt_platform.orchestration import ray_jobs
 from rxt_platform.orchestration.plan import PREPARED, Step
 from rxt_platform.orchestration.steps import commit_step, only_holder, remove_leftovers
-from rxt_platform.orchestration.tokens import check_batches, make_tokens, needs_workers
+from rxt_platform.orchestration.tokens import check_stages, make_tokens, needs_workers
 from rxt_platform.storage.directory import Manifest, read_manifest, verify_directory
 
 FERTILITY = "fertility.json"
@@ -52,7 +52,7 @@ def prepare(config: RunConfig, plan: list[Step], connect: Callable[[], object]) 
         (tokens, tokens_on_workers),
     ]
     prepared = [_prepare_step(step, make) for step, make in makers]
-    check_batches(config, tokens.artifact)
+    check_stages(config, tokens.artifact)
     return prepared
 
 

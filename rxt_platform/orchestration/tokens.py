@@ -9,16 +9,20 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rxt_platform.config.run import RunConfig
+import numpy as np
+
+from rxt_platform.config.data import Section
+from rxt_platform.config.run import RunConfig, trains_without_memory
+from rxt_platform.config.stages import Component
 from rxt_platform.data.examples import RowEncoder, TooLong
-from rxt_platform.data.sampler import BatchSampler
 from rxt_platform.data.shards import ShardPlan, TokenShards, make_shard, plan_shards, write_summary
+from rxt_platform.data.sources import SPLITS
 from rxt_platform.data.tokenizer import RxtTokenizer
 from rxt_platform.errors import ConfigError, DataError
 from rxt_platform.model.files import TOKENIZER
 from rxt_platform.orchestration.plan import Step
 from rxt_platform.orchestration.steps import commit_step
-from rxt_platform.stages.build import sampling
+from rxt_platform.stages.build import build_stage
 
 Shard = dict[str, Any]
 _SHOWN = 5
@@ -80,15 +84,49 @@ def _judge_part(name: str, shards: Sequence[Shard], policy: TooLong, max_bad_sha
         )
 
 
-def check_batches(config: RunConfig, folder: Path) -> None:
-    """Raises ConfigError for a stage whose batch is larger than its rows, of tokens made now or by another run."""
-    for name, stage in config.stages.items():
-        weights = [source.weight for source in getattr(config.data, stage.section)]
-        rows = TokenShards(folder, stage.section, "train")
-        sampler = BatchSampler(rows, sampling(stage, config.seed, config.model.max_length, weights))
-        if stage.global_batch_size > sampler.rows:
-            kind = "packed rows" if sampler.sampling.capacity else "training rows"
+def check_stages(config: RunConfig, folder: Path) -> None:
+    """What a run asks of its stages must be possible with its rows, of tokens made now or by another run.
+
+    Raises ConfigError for a batch larger than its rows, a schedule of which a part never begins, a learning rate for
+    what a stage never trains, and rows that are too long for the baseline.
+    """
+    for name, config_of_stage in config.stages.items():
+        weights = [source.weight for source in getattr(config.data, config_of_stage.section)]
+        rows = TokenShards(folder, config_of_stage.section, "train")
+        stage = build_stage(config_of_stage, rows, config.seed, config.model.max_length, weights)
+        key, size = f"stages.{name}", config_of_stage.global_batch_size
+        if size > stage.sampler.rows:
+            kind = "packed rows" if stage.sampler.sampling.capacity else "training rows"
             raise ConfigError(
-                f"stages.{name}.global_batch_size {stage.global_batch_size} is more than the {sampler.rows} {kind} of "
-                f"{stage.section}: lower it"
+                f"{key}.global_batch_size {size} is more than the {stage.sampler.rows} {kind} of "
+                f"{config_of_stage.section}: lower it"
+            )
+        phases, steps = stage.phases(), stage.sampler.total_steps
+        last = max(phases[-1].start, *stage.sampler.changes, 0)
+        if last >= steps:
+            raise ConfigError(
+                f"{key}: its {config_of_stage.epochs:g} epochs are {steps} steps, and its last lesson or phase would "
+                f"begin after step {last}: raise epochs, or shorten the curriculum and the unfreezing"
+            )
+        trained = frozenset[Component]().union(*(phase.trains for phase in phases))
+        if unused := sorted(config_of_stage.optimizer.learning_rate_scale.keys() - trained):
+            raise ConfigError(
+                f"{key}.optimizer.learning_rate_scale.{unused[0]}: the stage never trains it; it trains "
+                f"{', '.join(sorted(trained))}"
+            )
+        if config.baseline is not None and trains_without_memory(config_of_stage):
+            _check_window(config.baseline.window, folder, config_of_stage.section)
+
+
+def _check_window(window: int, folder: Path, section: Section) -> None:
+    """The baseline reads whole conversations: none of its rows may be longer than its window."""
+    for split in SPLITS:
+        rows = TokenShards(folder, section, split)
+        lengths, starts = rows.turn_lengths
+        totals = np.add.reduceat(lengths, starts[:-1])
+        longest = int(totals.argmax())
+        if totals[longest] > window:
+            raise ConfigError(
+                f"baseline.window {window}: {rows.place(longest)} has {totals[longest]} tokens in all its turns; raise "
+                "the window, or cut conversations with max_turns"
             )

@@ -25,17 +25,17 @@ def build_stage(
     seed: int,
     window: int,
     weights: Sequence[float] = (),
-    stateless: int | None = None,
+    stateless: bool = False,
 ) -> Stage:
     """The stage over its training rows, for a model whose interactions have at most `window` tokens.
 
-    With `stateless` for the baseline without memory, whose history has at most so many; its batches are the same.
+    With `stateless` for the baseline without memory; its batches are the same.
     """
     sampler = BatchSampler(examples, sampling(config, seed, window, weights))
-    if stateless is not None:
+    if stateless:
         if isinstance(config, MemoryPretrainingConfig):
             raise ConfigError("memory pre-training has no counterpart without a memory")
-        return StatelessStage(config, sampler, stateless)
+        return StatelessStage(config, sampler)
     if isinstance(config, JointPretrainingConfig | InteractionSFTConfig):
         return JointStage(config, sampler)
     if isinstance(config, MemoryPretrainingConfig):
@@ -54,9 +54,14 @@ def sampling(config: StageConfig, seed: int, window: int, weights: Sequence[floa
         mask_probability=mask_probability(config),
         lessons=[(lesson.epochs, lesson.turns) for lesson in lessons],
         capacity=windows * window or None,
-        system_prompts=getattr(config, "system_prompts", True),
+        system_prompts=system_prompts(config),
         weights=weights,
     )
+
+
+def system_prompts(config: StageConfig) -> bool:
+    """Whether conversations begin with their system prompt."""
+    return config.system_prompts if isinstance(config, MemoryPretrainingConfig | MemoryAwareConfig) else True
 
 
 def mask_probability(config: StageConfig) -> float:

@@ -136,6 +136,8 @@ class MemoryAwareStage:
         masks = [batch.mask[:, turn, : encoded.shape[2]] for turn, encoded in enumerate(states)]
         window = turns if self.config.bptt_window == "all" else self.config.bptt_window
         memories, writes = [initial], list[tuple[Tensor, Tensor]]()
+        prompted = ~batch.targets[:, 0].any(dim=1)  # rows that open with a system prompt: they begin anew after it
+        fresh = initial
         with nullcontext() if "memory_attention" in phase.trains else torch.no_grad():
             if turns == 1:
                 return [initial + 0.0 * model.write_states(initial, states[0], masks[0])], writes
@@ -146,8 +148,11 @@ class MemoryAwareStage:
                     old, new = memory, model.write_states(memory, states[written], masks[written])
                     memory = new
                     if reset_probability:
-                        forgets = row_uniform(batch.seeds, (1,), written + 1, new.device) < reset_probability
-                        memory = torch.where(forgets[None, :, :, None], initial, new)
+                        forgets = row_uniform(batch.seeds, (1,), written + 1, new.device)[:, 0] < reset_probability
+                        if not written:
+                            fresh = torch.where(prompted[None, :, None, None], new.detach(), initial)
+                            forgets = forgets & ~prompted
+                        memory = torch.where(forgets[None, :, None, None], fresh, new)
                 memories.append(memory)
                 writes.append((old, new))
         return memories, writes

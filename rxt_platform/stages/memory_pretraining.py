@@ -37,7 +37,7 @@ class MemoryPretrainingStage:
     def loss(self, model: ReactiveTransformer, batch: Batch, phase: Phase) -> LossReport:
         """Mean over the writes of the global batch of `-cos(written memory, target)`, plus the memory's change."""
         memory = model.initial_memory(batch.seeds)
-        loss, moved, change = (memory.new_zeros(()) for _ in range(3))
+        loss, moved, change = (memory.new_zeros((), dtype=torch.float32) for _ in range(3))
         for turn in range(batch.ids.shape[1]):
             length = batch.turn_lengths[turn]
             present, mask = batch.turns[:, turn], batch.mask[:, turn, :length]
@@ -109,9 +109,10 @@ def by_slot(states: Tensor, mask: Tensor, slots: int) -> tuple[Tensor, Tensor]:
 
 def squared_change(old: Tensor, new: Tensor, write: int) -> Tensor:
     """`sqrt(write) * MSE(new, old)` of each row [B]: what a write (from 1) moved, with gradient to `new` alone."""
-    return write**0.5 * (new - old.detach()).pow(2).mean(dim=(0, 2, 3))
+    return write**0.5 * (new.float() - old.detach().float()).pow(2).mean(dim=(0, 2, 3))
 
 
 def relative_change(old: Tensor, new: Tensor) -> Tensor:
     """Norm of the change over the norm of the old memory, for each row: [L, B, S, D] -> [B]."""
+    old, new = old.float(), new.float()
     return (new - old).pow(2).sum(dim=(0, 2, 3)).sqrt() / old.pow(2).sum(dim=(0, 2, 3)).sqrt()

@@ -2,7 +2,7 @@
 
 A decoder without memory trains on the same batches, with the same schedule, as the stage that it is compared with: a
 text or an interaction as it is, a conversation with all its turns one after the other. The targets are the same tokens
-(DESIGN 2). So both have seen the same tokens when they are compared.
+(DESIGN 2).
 """
 
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ StatelessConfig = JointPretrainingConfig | InteractionSFTConfig | MemoryAwareCon
 
 
 class StatelessStage:
-    """A causal language model over whole rows, for a window of `window` tokens."""
+    """A causal language model over whole rows."""
 
     mean_over: ClassVar[Mapping[str, str]] = {
         "loss": "total_targets",
@@ -33,10 +33,9 @@ class StatelessStage:
         "balance": "total_texts",
     }
 
-    def __init__(self, config: StatelessConfig, sampler: BatchSampler, window: int) -> None:
+    def __init__(self, config: StatelessConfig, sampler: BatchSampler) -> None:
         self.config = config
         self.sampler = sampler
-        self.window = window
 
     def phases(self) -> list[Phase]:
         """One phase: the whole model."""
@@ -47,7 +46,7 @@ class StatelessStage:
         documents = None
         if batch.documents is not None:
             documents = Documents.of(batch.documents, batch.most_documents)
-        ids, mask, targets = whole_rows(batch, self.window)
+        ids, mask, targets = whole_rows(batch)
         decoded = model.decode_states(ids, mask, documents)
         summed, correct = target_loss(model, decoded.states, ids, targets)
         loss, accuracy = summed / batch.total_targets, correct / batch.total_targets
@@ -57,7 +56,7 @@ class StatelessStage:
 
     def flops(self, model: ForwardFlops, batch: Batch, phase: Phase) -> int:
         """Forward and backward of decoder and head."""
-        ids, mask, targets = whole_rows(batch, self.window)
+        ids, mask, targets = whole_rows(batch)
         rows, length = ids.shape
         return 3 * (model.decode(rows, length, int(mask.sum()), 0) + model.head(int(targets.sum())))
 
@@ -71,17 +70,14 @@ class StatelessStage:
         return config.balance_weight if isinstance(config, MemoryAwareConfig) else config.loss.balance_weight
 
 
-def whole_rows(batch: Batch, window: int) -> tuple[Tensor, Tensor, Tensor]:
+def whole_rows(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """Ids, mask and targets [B, T] of rows with all their turns one after the other, right-padded.
 
-    Of a row longer than `window` tokens the oldest turns are left out, whole ones. A packed row stays as it is.
+    A packed row stays as it is.
     """
     if batch.documents is not None:
         return batch.ids[:, 0], batch.mask[:, 0], batch.targets[:, 0]
-    real = batch.mask & batch.turns[..., None]
-    lengths = real.sum(dim=-1)
-    from_here = lengths.flip(1).cumsum(dim=1).flip(1)  # tokens of a turn and all after it
-    real = (real & (from_here <= window)[..., None]).flatten(1)
+    real = (batch.mask & batch.turns[..., None]).flatten(1)
     rows, places = real.nonzero(as_tuple=True)
     to = (real.cumsum(dim=1) - 1)[rows, places]
     width = int(real.sum(dim=1).max())

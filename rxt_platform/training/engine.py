@@ -276,7 +276,9 @@ class Engine:
                     metrics |= {f"validation_{name}": value for name, value in held_out.items()}
                     self._check_best(metrics)
                     if stopping is not None and judged:
-                        plateau = plateau.after(held_out[stopping.metric], stopping)
+                        # The last bit may differ between machines, and all ranks must decide alike.
+                        value = on_rank_zero(lambda found=held_out: found[stopping.metric])  # type: ignore[misc]
+                        plateau = plateau.after(value, stopping)
                         if plateau.stale >= stopping.patience and done > max(changes):
                             self.end = done
                 due = done % training.checkpoints.every == 0 or wishes.checkpoint

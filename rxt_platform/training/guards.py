@@ -51,7 +51,7 @@ class Plateau:
 
     def after(self, value: float, rule: EarlyStopping) -> "Plateau":
         """With a further measurement; one that is not a number is no better."""
-        if self.best is None:
-            return Plateau(value) if math.isfinite(value) else self
-        gain = value - self.best if rule.highest else self.best - value
+        if not math.isfinite(value):
+            return Plateau(self.best, self.stale + 1)
+        gain = math.inf if self.best is None else value - self.best if rule.highest else self.best - value
         return Plateau(value) if gain > rule.threshold else Plateau(self.best, self.stale + 1)

@@ -30,7 +30,7 @@ from rxt_platform.model.baseline import StatelessTransformer
 from rxt_platform.model.files import STATELESS, TOKENIZER, load_weights, save_model
 from rxt_platform.model.transformer import ReactiveTransformer
 from rxt_platform.stages.base import Model
-from rxt_platform.stages.build import build_stage, mask_probability
+from rxt_platform.stages.build import build_stage, mask_probability, system_prompts
 from rxt_platform.storage.directory import Provenance, commit_directory, verify_directory
 from rxt_platform.training.distributed import (
     on_rank_zero,
@@ -121,12 +121,11 @@ def _train(job: StageJob, device: torch.device, watch: Watch, hooks: Hooks) -> M
     model = _starting_model(job).to(device)
     seed = derive_seed(job.seed, job.name)
     rows = TokenShards(job.tokens, job.stage.section, "train")
-    history = job.model.max_length if job.stateless else None
-    stage = build_stage(job.stage, rows, seed, job.window, job.weights, history)
+    stage = build_stage(job.stage, rows, seed, job.window, job.weights, job.stateless)
     held_out = TokenShards(job.tokens, job.stage.section, "validation")
     settings = EngineSettings(job.training, job.work, job.identity, job.provenance, device, watch)
     engine = Engine(model, stage, settings)
-    result = engine.run(validation_batches(held_out, mask_probability(job.stage)), hooks)
+    result = engine.run(validation_batches(held_out, job.stage), hooks)
     metrics = _summary(result)
     architecture = STATELESS if job.stateless else "RxTAlpha"
 
@@ -151,14 +150,17 @@ def _train(job: StageJob, device: torch.device, watch: Watch, hooks: Hooks) -> M
     return metrics
 
 
-def validation_batches(examples: Sequence[Example], mask_probability: float) -> list[Batch]:
-    """The same held-out rows for every run and every worker: the first 256, in order."""
+def validation_batches(examples: Sequence[Example], config: StageConfig) -> list[Batch]:
+    """The same held-out rows for every run and every worker: the first 256, in order, read as the stage reads rows."""
     rows = examples[:_VALIDATION_ROWS]
+    if not system_prompts(config):
+        rows = [row.without_opening() for row in rows]
+    hidden = mask_probability(config)
     batches = []
     for start in range(0, len(rows), _VALIDATION_BATCH):
         indices = range(start, min(start + _VALIDATION_BATCH, len(rows)))
         seeds = [derive_seed("validation", index) for index in indices]
-        batches.append(collate([rows[index] for index in indices], seeds, indices, mask_probability))
+        batches.append(collate([rows[index] for index in indices], seeds, indices, hidden))
     return batches
 
 

@@ -51,7 +51,7 @@ def test_the_baseline_trains_on_any_strategy_as_on_one_worker(tmp_path: Path) ->
     with pytest.raises(ArtifactError, match="StatelessTransformer"):
         load_model(one.jobs[BASELINE[-1]].output)
     rows = TokenShards(one.jobs[BASELINE[-1]].tokens, "conversations", "validation")
-    ids, mask, targets = whole_rows(collate(rows[:4], range(4), range(4)), 512)
+    ids, mask, targets = whole_rows(collate(rows[:4], range(4), range(4)))
     with torch.no_grad():
         logits = model.decode(ids, mask)
     wanted = targets[:, 1:]

@@ -12,7 +12,7 @@ JOINT = "{mask_random: 0.1, mask_kept: 0.1, memory_noise: 0.1, memory_dropout: 0
 OPTIONS = {
     "all joint options": ("sft", ["stages.sft.loss=" + JOINT + ", freeze_memory_path: true}"]),
     "encoder alone": ("pretraining", ["stages.pretraining.trains=encoder", "stages.pretraining.loss={}"]),
-    "decoder alone": ("pretraining", ["stages.pretraining.trains=decoder", "stages.pretraining.loss={}"]),
+    "decoder alone": ("sft", ["stages.sft.trains=decoder", "stages.sft.loss={}"]),
     "memory's change": ("memory_pretraining", ["stages.memory_pretraining.memory_change_weight=0.1"]),
     "resets and a short window": (
         "memory_aware",

@@ -118,3 +118,4 @@ def test_a_plateau_counts_measurements_without_an_improvement() -> None:
 def test_what_is_not_a_number_is_no_improvement() -> None:
     assert after([2.0, math.nan, math.inf]) == Plateau(2.0, 2)
     assert after([math.nan, 2.0]) == Plateau(2.0, 0)
+    assert after([math.nan, math.nan]) == Plateau(None, 2)

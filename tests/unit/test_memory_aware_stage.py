@@ -282,6 +282,7 @@ def test_about_the_given_share_of_turns_begins_anew_whatever_the_window() -> Non
     assert all(found[0]), "the first turn always is"
     counts = [sum(turn) for turn in found[1:]]
     assert all(4 <= count <= 22 for count in counts), counts
+    assert len({tuple(turn) for turn in found[1:]}) == len(found) - 1, "each turn by itself"
     assert found == forgotten(1) == forgotten(2)
 
 
@@ -314,3 +315,20 @@ def test_the_cost_of_a_change_pulls_the_new_memory_to_the_old_one_and_never_the_
     assert old.grad is None
     assert new.grad is not None
     torch.testing.assert_close(new.grad, 2 * 2 * (new - old).detach() / (2 * 4 * 5))
+
+
+@pytest.mark.parametrize("window", [1, 2, "all"])
+def test_a_reset_takes_a_conversation_back_to_its_system_prompt(window: int | str) -> None:
+    """Never before its first turn, and with no gradient to the prompt from what comes after."""
+    stage = stage_of("memory_aware", PROMPTED, reset_probability=1.0, bptt_window=window)
+    model, batch = tiny_model(), batch_of(PROMPTED)
+    read: list[Tensor] = []
+    model.decoder.register_forward_pre_hook(lambda module, inputs: read.append(inputs[2].detach()))
+    with torch.no_grad():
+        loss_of(stage, model, batch)
+        turns = torch.cat([part.unflatten(1, (-1, len(PROMPTED))) for part in read], dim=1)  # [L, N, B, S, D]
+        initial = model.initial_memory(batch.seeds)
+        told = model.write(initial, torch.tensor([PROMPT] * len(PROMPTED)))
+    assert torch.equal(turns[:, 0], initial)
+    for turn in range(1, turns.shape[1]):
+        torch.testing.assert_close(turns[:, turn], told)

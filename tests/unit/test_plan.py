@@ -49,3 +49,30 @@ def test_what_ends_a_stage_early_is_part_of_what_it_is(tmp_path: Path) -> None:
     plain, stopped = fingerprints(storage=tmp_path), fingerprints(early, storage=tmp_path)
     changed = {name for name in plain if plain[name] != stopped[name]}
     assert changed == {"memory_pretraining", "memory_aware", "evaluation"}
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "stages.memory_aware.bptt_window=1",
+        "stages.memory_aware.reset_probability=0.1",
+        "stages.sft.loss.memory_noise=0.1",
+        "model.memory.initialization=standard",
+        "model.memory.slots=8",
+    ],
+)
+def test_what_the_baseline_has_no_part_in_does_not_train_it_again(tmp_path: Path, override: str) -> None:
+    same = "model.memory.slots=8" in override
+    plain = fingerprints("baseline={window: 512}", storage=tmp_path)
+    changed = fingerprints("baseline={window: 512}", override, storage=tmp_path)
+    baseline = [name for name in plain if name.startswith("baseline.")]
+    assert all(plain[name] == changed[name] for name in baseline)
+    assert (plain["memory_aware"] == changed["memory_aware"]) == same, "slots are 8 in the small run"
+
+
+def test_what_the_baseline_trains_by_is_part_of_what_it_is(tmp_path: Path) -> None:
+    plain = fingerprints("baseline={window: 512}", storage=tmp_path)
+    for override in ("stages.sft.optimizer.learning_rate=1e-4", "stages.sft.loss.balance_weight=0.2"):
+        changed = fingerprints("baseline={window: 512}", override, storage=tmp_path)
+        assert plain["baseline.pretraining"] == changed["baseline.pretraining"]
+        assert plain["baseline.sft"] != changed["baseline.sft"]

@@ -85,3 +85,24 @@ def test_a_batch_larger_than_its_rows_is_refused_with_tokens_of_another_run_too(
     larger = small_run(tmp_path, "stages.sft.global_batch_size=176")
     with pytest.raises(ConfigError, match=r"stages.sft.global_batch_size 176 is more than the 160 training rows"):
         prepare(larger, build_plan(larger), no_ray)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["stages.memory_aware.unfreeze_encoder=0.79"], "its last lesson or phase would begin after step 10"),
+        (["stages.sft.optimizer.learning_rate_scale={memory_attention: 3}"], "the stage never trains it"),
+        (
+            ["baseline={window: 128}", "data.conversations.turns=[8]"],
+            r"baseline.window 128: story_world:\d+ has \d+ tokens in all its turns",
+        ),
+    ],
+)
+def test_what_could_not_be_trained_with_these_rows_is_said_before_any_job(
+    tmp_path: Path, overrides: list[str], said: str
+) -> None:
+    config = small_run(tmp_path, *overrides, "stages.memory_aware.unfreeze_memory_attention=0.2")
+    plan = build_plan(config)
+    plan[0].artifact.parent.mkdir(parents=True)
+    with pytest.raises(ConfigError, match=said):
+        prepare(config, plan, no_ray)

@@ -23,10 +23,10 @@ def baseline(window: int = 200, seed: int = 0) -> StatelessTransformer:
         return StatelessTransformer(matched_baseline(tiny_config(), window)).eval()
 
 
-def stateless(kind: str, window: int = 200, **settings: Any) -> StatelessStage:
+def stateless(kind: str, **settings: Any) -> StatelessStage:
     """The baseline's stage beside `stage_of` the same."""
     config = stage_of(kind, ROWS[kind], **settings).config
-    stage = build_stage(config, ROWS[kind], seed=3, window=24, stateless=window)
+    stage = build_stage(config, ROWS[kind], seed=3, window=24, stateless=True)
     assert isinstance(stage, StatelessStage)
     return stage
 
@@ -58,22 +58,8 @@ def test_the_loss_is_that_of_every_target_after_all_that_was_said_before(kind: s
     assert set(got) - {"total"} == set(stage.mean_over)
 
 
-def test_of_a_row_longer_than_the_window_the_oldest_turns_are_left_out_whole() -> None:
-    lengths = [len(turn) for turn in TALKS[0].turns]
-    window = sum(lengths[1:])
-    ids, mask, targets = whole_rows(batch_of(TALKS[:1]), window)
-    kept = [token for turn in TALKS[0].turns[1:] for token in turn]
-    assert ids[0].tolist() == kept
-    assert mask.all()
-    assert int(targets.sum()) == sum(
-        len(t) - s for t, s in zip(TALKS[0].turns[1:], TALKS[0].target_starts[1:], strict=True)
-    )
-    shorter, _, _ = whole_rows(batch_of(TALKS[:1]), window - 1)
-    assert shorter[0].tolist() == kept[lengths[1] :]
-
-
 def test_a_system_prompt_is_part_of_the_history() -> None:
-    ids, mask, _ = whole_rows(batch_of(PROMPTED), 200)
+    ids, mask, _ = whole_rows(batch_of(PROMPTED))
     for row, example in enumerate(PROMPTED):
         assert ids[row][mask[row]].tolist() == [token for turn in example.turns for token in turn]
 
@@ -111,7 +97,7 @@ def test_stages_of_encoder_or_memory_alone_have_no_counterpart() -> None:
     memory = stage_of("memory_pretraining").config
     assert not trains_without_memory(memory)
     with pytest.raises(ConfigError, match="no counterpart"):
-        build_stage(memory, TALKS, seed=3, window=24, stateless=200)
+        build_stage(memory, TALKS, seed=3, window=24, stateless=True)
     halves = [
         stage_of("joint_pretraining", ROWS["joint_pretraining"], trains=half).config for half in ("encoder", "decoder")
     ]
