@@ -2,10 +2,10 @@
 
     python benchmarks/ablation.py --storage runs/ablation [--seeds 3] [--parallel 2] [--json FILE]
 
-The base is pipelines/configs/recall.yaml with a smaller last stage, so that differences show. All arms train on the
-same number of tokens: what a stage that is left out would have read, the last stage reads in addition. Each process has
-one worker on one thread, without Ray. What was trained or measured before is taken over: an interrupted run goes on
-with the same command.
+The base is pipelines/configs/recall.yaml with a smaller last stage, so that differences show. All arms train on as many
+tokens as the full recipe: the last stage of an arm is made longer or shorter until they are. Each process has one
+worker on one thread, without Ray. What was trained or measured before is taken over: an interrupted run goes on with
+the same command.
 """
 
 import json
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 from processes import job_environment
 
 from rxt_platform.config.loading import load_run
@@ -29,10 +30,8 @@ from rxt_platform.data.examples import RowEncoder
 from rxt_platform.data.shards import TokenShards
 from rxt_platform.data.story_world import StoryWorld
 from rxt_platform.evaluation.conversations import encode_talks, hold_conversations
-from rxt_platform.evaluation.intervals import Bootstrap
-from rxt_platform.evaluation.outcomes import Question
+from rxt_platform.evaluation.intervals import RESAMPLES
 from rxt_platform.evaluation.responders import ReactiveResponder
-from rxt_platform.evaluation.summary import recall_entry
 from rxt_platform.model.files import load_model
 from rxt_platform.orchestration.plan import PREPARED, Step, build_plan
 from rxt_platform.orchestration.prepare import prepare
@@ -90,28 +89,26 @@ def configured(arm: Arm, seed: int, storage: Path) -> RunConfig:
     return config.model_copy(update={"stages": stages})
 
 
-def tokens_of(config: RunConfig, plan: list[Step], name: str, epochs: float | None = None) -> int:
+def tokens_of(config: RunConfig, name: str, epochs: float | None = None) -> int:
     """Tokens that a stage reads; with `epochs` that many of its whole conversations."""
     stage = config.stages[name]
     if epochs is not None:
         stage = stage.model_copy(update={"epochs": epochs, "curriculum": []})
-    rows = TokenShards(plan[2].artifact, stage.section, "train")
+    rows = TokenShards(build_plan(config)[2].artifact, stage.section, "train")
     sampler = build_stage(stage, rows, config.seed, config.model.max_length).sampler
     return sum(sampler.global_batch(step).tokens for step in range(sampler.total_steps))
 
 
-def evened(config: RunConfig, arm: Arm, storage: Path) -> RunConfig:
-    """The run with a longer last stage, where a stage is left out."""
-    if arm.without is None:
-        return config
-    whole = configured(Arm(arm.overrides), config.seed, storage)
-    plan = build_plan(whole)
-    missing = tokens_of(whole, plan, arm.without)
-    more = missing / tokens_of(whole, plan, LAST, epochs=1.0)
-    last = config.stages[LAST]
-    return config.model_copy(
-        update={"stages": {**config.stages, LAST: last.model_copy(update={"epochs": last.epochs + more})}}
+def evened(config: RunConfig, whole: RunConfig) -> RunConfig:
+    """The run with as many epochs of its last stage as make its tokens those of the `whole` recipe."""
+    missing = sum(tokens_of(whole, name) for name in whole.stages) - sum(
+        tokens_of(config, name) for name in config.stages
     )
+    if not missing:
+        return config
+    last = config.stages[LAST]
+    epochs = last.epochs + missing / tokens_of(config, LAST, epochs=1.0)
+    return config.model_copy(update={"stages": {**config.stages, LAST: last.model_copy(update={"epochs": epochs})}})
 
 
 class Trainer:
@@ -126,9 +123,10 @@ class Trainer:
         """The folder of an arm's model."""
         arm = ARMS[name]
         with self.preparing:
-            config = configured(arm, seed, self.storage)
-            prepare(config, build_plan(config), _no_ray)
-            config = evened(config, arm, self.storage)
+            config, whole = configured(arm, seed, self.storage), configured(Arm(), seed, self.storage)
+            for one in (config, whole):
+                prepare(one, build_plan(one), _no_ray)
+            config = evened(config, whole)
             plan = build_plan(config)
         steps = [step for step in plan[len(PREPARED) :] if step.kind == "training"]
         for step in steps:
@@ -166,22 +164,32 @@ def measure(seed: int, model: Path, file: Path) -> None:
 
 
 def recall_at(runs: Sequence[Run], distance: int) -> dict[str, Any]:
-    """Recall and gain at a distance over all seeds' runs, with 95 % intervals from resampled conversations.
+    """Recall, the same with the memory reset, and gain at a distance, over all seeds' runs, and each seed's recall.
 
-    `seeds` is each seed's own recall.
+    95 % intervals by bootstrap over seeds and conversations: both are drawn anew, as all runs hold the same
+    conversations.
     """
-    asked = [
-        (
-            number * CONVERSATIONS + conversation,
-            Question(distance, task=None, long_range=None, told_by_user=None, right=right, reset=reset, own=None),
-        )
-        for number, run in enumerate(runs)
-        for conversation, far, right, reset in run
-        if far == distance
-    ]
-    entry = recall_entry(asked, Bootstrap(CONVERSATIONS * len(runs), seed=0))
-    seeds = [[right for _, far, right, _ in run if far == distance] for run in runs]
-    return {**entry, "seeds": [sum(rights) / len(rights) for rights in seeds if rights]}
+    hits = np.zeros((3, len(runs), CONVERSATIONS))
+    asked = np.zeros((len(runs), CONVERSATIONS))
+    for number, run in enumerate(runs):
+        for conversation, far, right, reset in run:
+            if far == distance:
+                asked[number, conversation] += 1
+                hits[:, number, conversation] += (right, reset, right - reset)
+    generator = np.random.default_rng(0)
+    seeds = generator.multinomial(len(runs), [1 / len(runs)] * len(runs), RESAMPLES)
+    talks = generator.multinomial(CONVERSATIONS, [1 / CONVERSATIONS] * CONVERSATIONS, RESAMPLES)
+    below = np.einsum("rs,rc,sc->r", seeds, talks, asked, optimize=True)
+    drawn = np.einsum("rs,rc,msc->mr", seeds, talks, hits, optimize=True) / below
+    bounds = np.percentile(drawn, (2.5, 97.5), axis=1).T.tolist()
+    values = (hits.sum(axis=(1, 2)) / asked.sum()).tolist()
+    names = ("with_memory", "reset", "gain")
+    return {
+        **dict(zip(names, values, strict=True)),
+        "count": int(asked.sum()),
+        "intervals": dict(zip(names, bounds, strict=True)),
+        "seeds": (hits[0].sum(axis=1) / asked.sum(axis=1)).tolist(),
+    }
 
 
 def table(results: dict[str, dict[str, Any]], name: str) -> str:
@@ -195,7 +203,10 @@ def table(results: dict[str, dict[str, Any]], name: str) -> str:
         for distance in DISTANCES:
             entry = by_distance[str(distance)]
             low, high = (100 * bound for bound in entry["intervals"][name])
-            cells.append(f"{100 * entry[name]:.1f} [{low:.1f}, {high:.1f}]")
+            seeds = (
+                " (" + ", ".join(f"{100 * one:.0f}" for one in entry["seeds"]) + ")" if name == "with_memory" else ""
+            )
+            cells.append(f"{100 * entry[name]:.1f} [{low:.1f}, {high:.1f}]{seeds}")
         lines.append(f"| {arm} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
