@@ -202,7 +202,7 @@ def guarded(command: Callable[[], Any]) -> int:
         error.show()
         return error.exit_code
     except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted; a run goes on from its last checkpoint with the same command", err=True)
+        click.echo("interrupted; if it was a run, the same command goes on from its last checkpoint", err=True)
         return 130
     return 0
 

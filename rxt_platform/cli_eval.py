@@ -52,8 +52,8 @@ def evaluate(
     from rxt_platform.model.baseline import StatelessTransformer
     from rxt_platform.model.pretrained import find_or_download
 
-    if report is not None and not Path(report).absolute().parent.is_dir():
-        raise ConfigError(f"--report {report}: no such folder: make it first")
+    if report is not None:
+        _check_page(Path(report))
     use_threads()
     talks = read_conversations(data)[:limit]
     held, tokenizer = files.load_any(find_or_download(model, [files.CONFIG, files.WEIGHTS, files.TOKENIZER]))
@@ -63,9 +63,18 @@ def evaluate(
     result = measuring.evaluate(
         held, tokenizer, talks, settings, seed, history or "full", progress=_Progress(len(talks)).show
     )
-    if report is not None:
-        write_evaluation_page(Path(report), f"{Path(model).name} on {Path(data).name}", result)
     click.echo(to_json(result) if as_json else render_evaluation(result))
+    if report is not None:
+        write_evaluation_page(Path(report), f"{Path(model).resolve().name} on {Path(data).name}", result)
+
+
+def _check_page(path: Path) -> None:
+    """Raises ConfigError for a page that could not be written in the end."""
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise ConfigError(f"--report {path}: no such folder: make it first")
+    if path.is_dir() or not os.access(folder, os.W_OK):
+        raise ConfigError(f"--report {path}: {'is a folder' if path.is_dir() else 'its folder is not writable'}")
 
 
 def use_threads() -> None:

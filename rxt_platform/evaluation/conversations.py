@@ -2,7 +2,8 @@
 
 Each conversation is held twice. Once memory is teacher-forced: after a turn the reference answer is written, so that an
 early mistake does not hide what the memory can hold. Once it is free-running: the model's own answer is written, as in
-a chat. What is asked for earlier turns is also asked with the state *reset* to that of a conversation's start.
+a chat. What is asked for earlier turns is also asked with the state *reset* to that of a conversation's start (its
+system prompt is not forgotten).
 
 Recall is exact match: the answer, generated greedily, must contain every answer span of the row as whole words; rows
 without spans must be answered with the reference answer. Case and punctuation don't count.
@@ -118,8 +119,8 @@ def _hold(
 ) -> Iterator[tuple[Talk, int, _Answered]]:
     """Every turn (from 0) of a batch of conversations, of which all or none have a system prompt."""
     fresh = forced = responder.start([talk.seed(seed) for talk in talks])
-    if talks[0].example.opening:
-        forced = responder.remember(fresh, [talk.example.turns[0] for talk in talks])
+    if talks[0].example.opening:  # a reset forgets what was said, not who the model is
+        fresh = forced = responder.instruct(fresh, [talk.example.turns[0] for talk in talks])
     own = forced if free_running else None
     for turn in count():
         turns = [talk.turn(turn) for talk in talks]

@@ -55,7 +55,7 @@ def _time_conversation(responder: Responder[State], talk: Talk, seed: int) -> li
     clock = _clock(responder.model.embedding.weight.device)
     state = responder.start([talk.seed(seed)])
     if talk.example.opening:
-        state = responder.remember(state, [talk.example.turns[0]])
+        state = responder.instruct(state, [talk.example.turns[0]])
     timed = []
     for turn in range(min(len(talk.conversation.interactions), _MOST_TURNS)):
         example = talk.turn(turn)

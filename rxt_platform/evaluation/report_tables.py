@@ -38,8 +38,9 @@ def stage_table(report: Result) -> Table:
 
 def arms(result: Result) -> tuple[str, str]:
     """What the two sides of every comparison are called: with the state of the conversation, and without."""
-    stateless = result["responder"]["kind"] == "stateless"
-    return ("with history", "no history") if stateless else ("with memory", "memory reset")
+    if result["responder"]["kind"] == "reactive":
+        return "with memory", "memory reset"
+    return "with history" if result["responder"]["history"] == "full" else "history off", "no history"
 
 
 def recall_tables(result: Result) -> list[Table]:
@@ -199,7 +200,7 @@ def number(value: float | None) -> str:
     """Three decimals, or a power of ten."""
     if not _known(value):
         return _DASH
-    return f"{value:.3f}" if abs(value) < 1e5 else f"{value:.2e}"
+    return f"{value:.3f}" if abs(value) < 1e4 else f"{value:.2e}"
 
 
 def rate(value: float | None) -> str:

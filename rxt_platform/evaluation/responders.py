@@ -54,6 +54,10 @@ class Responder(Protocol[State]):
         the end, as `generate` gives them."""
         ...
 
+    def instruct(self, state: State, prompts: Sequence[Ids]) -> State:
+        """The state after a system prompt of each conversation, which a reset does not take away."""
+        ...
+
     def remember(self, state: State, interactions: Sequence[Ids]) -> State:
         """The state after a whole interaction (query and answer) of each conversation."""
         ...
@@ -96,6 +100,10 @@ class ReactiveResponder:
     ) -> Iterator[list[int | None]]:
         """See `Responder`."""
         return generate(self.model, [list(prompt) for prompt in prompts], state, options, limits=limits)
+
+    def instruct(self, state: Tensor, prompts: Sequence[Ids]) -> Tensor:
+        """See `Responder`."""
+        return self.remember(state, prompts)
 
     def remember(self, state: Tensor, interactions: Sequence[Ids]) -> Tensor:
         """See `Responder`."""
@@ -141,11 +149,13 @@ class StatelessResponder:
         ]
         return generate(self.model, whole, None, options, limits=limits)
 
+    def instruct(self, state: Turns, prompts: Sequence[Ids]) -> Turns:
+        """See `Responder`."""
+        return [(*told, tuple(ids)) for told, ids in zip(state, prompts, strict=True)]
+
     def remember(self, state: Turns, interactions: Sequence[Ids]) -> Turns:
         """See `Responder`."""
-        if self.history == "none":
-            return state
-        return [(*told, tuple(ids)) for told, ids in zip(state, interactions, strict=True)]
+        return state if self.history == "none" else self.instruct(state, interactions)
 
     def _fitting(self, told: Sequence[tuple[int, ...]], needed: int) -> list[int]:
         """The newest turns that leave room for `needed` tokens, one after the other."""

@@ -56,11 +56,14 @@ def reward_entry(
 
 
 def _scored(turns: Sequence[TurnOutcome], own: bool) -> list[ScoredTurn]:
-    """A conversation's turns, with what the memory holds from the turn before."""
+    """A conversation's turns, each with the reference interaction before it.
+
+    Also where the memory holds the model's own answers: else a model would be paid for saying the same again.
+    """
     scored: list[ScoredTurn] = []
     saved = None
     for one in turns:
         answer = one.own_answer if own and one.own_answer is not None else one.answer
         scored.append(ScoredTurn(one.query, one.reference, answer, saved))
-        saved = f"{one.query} {answer if own else one.reference}"
+        saved = f"{one.query} {one.reference}"
     return scored

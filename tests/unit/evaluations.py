@@ -70,6 +70,9 @@ class Listener:
         for index in range(max(map(len, replies))):
             yield [reply[index] if index < len(reply) else None for reply in replies]
 
+    def instruct(self, state: Turns, prompts: Sequence[Ids]) -> Turns:
+        return self.remember(state, prompts)
+
     def remember(self, state: Turns, interactions: Sequence[Ids]) -> Turns:
         assert all(interaction[0] == BOS for interaction in interactions)
         return [(*told, tuple(ids)) for told, ids in zip(state, interactions, strict=True)]

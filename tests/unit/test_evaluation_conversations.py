@@ -175,9 +175,9 @@ def test_a_system_prompt_is_remembered_first_and_neither_asked_nor_scored() -> N
     with_system = [told for query, told in seen if query == "Tell me of Tom."]
     assert with_system == [(system,)]
     first = outcomes[0]
-    assert (first.tokens.loss, first.tokens_reset.loss) == (first.tokens.count, 2.0 * first.tokens.count)
+    assert first.tokens == first.tokens_reset
     asked_again = [told for query, told in seen if query == "Which hat?"]
-    assert {len(told) for told in asked_again} == {2, 0}, "the system prompt and turn 1; the reset has neither"
+    assert {len(told) for told in asked_again} == {2, 1}, "the system prompt and turn 1; a reset forgets turn 1"
     plain = held(reply, HAT, KITE, free_running=False)
     assert [one.tokens.count for one in plain] == [one.tokens.count for one in outcomes]
 
@@ -245,7 +245,7 @@ def test_reward_is_the_mean_over_conversations_of_their_follow_ups(own: bool) ->
         for number, turn in enumerate(talk.interactions):
             said = "No." if own or number == 0 else turn.reply
             before = talk.interactions[number - 1]
-            saved = f"{before.query} {'No.' if own else before.reply}" if number else None
+            saved = f"{before.query} {before.reply}" if number else None
             turns.append(ScoredTurn(turn.query, turn.reply, said, saved))
         talks.append(turns)
     scored = score_conversations(talks, config, embedding)
