@@ -10,6 +10,7 @@ import click
 from rxt_platform.errors import ConfigError
 
 if TYPE_CHECKING:
+    from rxt_platform.data.examples import TooLong
     from rxt_platform.evaluation.responders import History
 
 
@@ -23,6 +24,12 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
 @click.option("--report", metavar="FILE.html", help="Also write a page with pictures that needs no other file.")
 @click.option("--history", type=click.Choice(["full", "none"]), help="What a stateless model reads.  [default: full]")
+@click.option(
+    "--window", type=click.IntRange(min=9), help="Tokens of an interaction; for a stateless model, its rival's."
+)
+@click.option(
+    "--too-long", type=click.Choice(["truncate", "quarantine", "fail"]), default="truncate", show_default=True
+)
 @click.option("--no-free-running", is_flag=True, help="Don't also hold the conversations with the model's own answers.")
 @click.option(
     "--reward-model", metavar="DIR", help="Take the reward's embedding from this model: it must stay the same."
@@ -35,6 +42,8 @@ def evaluate(
     as_json: bool,
     report: str | None,
     history: "History | None",
+    window: int | None,
+    too_long: "TooLong",
     no_free_running: bool,
     reward_model: str | None,
 ) -> None:
@@ -42,7 +51,8 @@ def evaluate(
 
     Answer tokens by turn, recall by distance, reward of the answers, the memory's health, latency. MODEL is a
     directory, the folder of the run that made it, or a name on the Hugging Face Hub. A stateless baseline is measured
-    in the same way, with and without its history.
+    in the same way, with and without its history; give it the --window of the model which it is compared with, so that
+    both answer the same tokens.
     """
     from rxt_platform.config.run import EvaluationConfig
     from rxt_platform.data.sources import read_conversations
@@ -61,7 +71,15 @@ def evaluate(
         raise ConfigError("--history is for stateless models, this one has a memory: leave it out")
     settings = EvaluationConfig(free_running=not no_free_running, reward_model=reward_model)
     result = measuring.evaluate(
-        held, tokenizer, talks, settings, seed, history or "full", progress=_Progress(len(talks)).show
+        held,
+        tokenizer,
+        talks,
+        settings,
+        seed,
+        history or "full",
+        too_long,
+        window,
+        progress=_Progress(len(talks)).show,
     )
     click.echo(to_json(result) if as_json else render_evaluation(result))
     if report is not None:

@@ -91,6 +91,11 @@ def hold_conversations(
     return sorted(outcomes, key=lambda outcome: (outcome.conversation, outcome.turn))
 
 
+def any_keyed(talks: Sequence[Talk]) -> bool:
+    """Whether some question carries an answer key."""
+    return any(item.recall is not None for talk in talks for item in talk.conversation.interactions)
+
+
 Asks = Mapping[tuple[int, int], int]
 """The distance of each question, by conversation and turn (from 0)."""
 

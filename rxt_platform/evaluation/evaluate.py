@@ -7,7 +7,7 @@ from rxt_platform.config.run import EvaluationConfig
 from rxt_platform.data.examples import RowEncoder, TooLong
 from rxt_platform.data.rows import Conversation
 from rxt_platform.data.tokenizer import RxtTokenizer
-from rxt_platform.evaluation.conversations import Progress, encode_talks, hold_conversations
+from rxt_platform.evaluation.conversations import Progress, any_keyed, encode_talks, hold_conversations
 from rxt_platform.evaluation.intervals import Bootstrap
 from rxt_platform.evaluation.latency import latency_by_turn
 from rxt_platform.evaluation.masked import masked_tokens
@@ -23,8 +23,12 @@ from rxt_platform.rl.rewards import HashedEmbedding, TextEmbedding, TokenEmbeddi
 Evaluation = dict[str, Any]
 """What was measured; a number for which there was nothing to measure is None. Intervals are 95 %, [low, high] or None.
 
-    responder         {kind: reactive | stateless, history: full | none | None, window: tokens}
+    responder         {kind: reactive | stateless, history: full | none | None, window (of the model), and
+                      interaction_window (what an interaction was cut to): tokens}
     seed, conversations (used), turns (of all of them)
+    cut               {answers, queries (interactions that lost the end of one), conversations (with such), left_out}
+    questions         {kind: keyed | follow-ups, conversations (that ask some)}: without any answer key every follow-up
+                      is a question about the first turn, to be answered word for word
     answer_tokens     {loss (nats), perplexity, accuracy, count, intervals: {loss, perplexity, accuracy}} of the answer
                       tokens, the memory teacher-forced; memory_reset the same with the memory reset
     by_turn           [{turn (from 1), count (tokens), with_memory, memory_reset: as answer_tokens}]
@@ -85,10 +89,21 @@ def evaluate(
             "kind": "reactive" if reactive else "stateless",
             "history": None if reactive else history,
             "window": model.config.max_length,
+            "interaction_window": longest,
         },
         "seed": seed,
         "conversations": len(talks),
         "turns": len(outcomes),
+        "cut": {
+            "answers": sum(talk.example.truncated for talk in talks),
+            "queries": sum(talk.example.queries_cut for talk in talks),
+            "conversations": sum(bool(talk.example.truncated or talk.example.queries_cut) for talk in talks),
+            "left_out": len(conversations) - len(talks),
+        },
+        "questions": {
+            "kind": "keyed" if any_keyed(talks) else "follow-ups",
+            "conversations": len({one.conversation for one in outcomes if one.question is not None}),
+        },
         **answer_tokens(outcomes, bootstrap),
         **answers(own=False),
         "free_running": answers(own=True) if settings.free_running else None,

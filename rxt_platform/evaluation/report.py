@@ -7,6 +7,7 @@ memory and with the memory reset, and the gain, by distance in turns.
 import json
 import math
 import os
+import textwrap
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,7 +26,9 @@ from rxt_platform.evaluation.report_tables import (
     latency_table,
     memory_tables,
     recall_tables,
+    recall_title,
     reward_table,
+    scope,
     stage_table,
     turn_table,
 )
@@ -76,15 +79,14 @@ def render_table(report: Report) -> str:
 def render_evaluation(result: Mapping[str, Any]) -> str:
     """What `rxt eval` prints."""
     sections = {
-        "Recall of facts told in an earlier turn, held-out conversations": recall_tables(result),
+        recall_title(result): recall_tables(result),
         "Answers, teacher-forced": [answer_table(result), turn_table(result)],
         "Memory from write to write": memory_tables(result),
         "Composite reward of the answers to follow-ups": [reward_table(result)] if result["reward"]["scores"] else [],
         "Time of a turn, one conversation at a time": [latency_table(result)] if result["latency"] else [],
     }
-    return "\n\n".join(
-        f"{title}\n" + "\n\n".join(map(text_table, tables)) for title, tables in sections.items() if tables
-    )
+    shown = (f"{title}\n" + "\n\n".join(map(text_table, tables)) for title, tables in sections.items() if tables)
+    return "\n\n".join(["\n".join(textwrap.wrap(scope(result), 100)), *shown])
 
 
 def write_report(directory: Path, report: Report, histories: dict[str, list[dict[str, float]]]) -> None:

@@ -20,7 +20,9 @@ from rxt_platform.evaluation.report_tables import (
     percent,
     points,
     recall_tables,
+    recall_title,
     reward_table,
+    scope,
     stage_table,
     turn_table,
     turns,
@@ -34,7 +36,7 @@ Pictures = Mapping[str, bytes]
 
 def render_evaluation_html(title: str, result: Result, pictures: Pictures) -> str:
     """The page of one evaluation; everything is inline and all text escaped."""
-    origin = f"{result['conversations']:,} conversations, {result['turns']:,} turns · seed {result['seed']}"
+    origin = f"{scope(result)} · seed {result['seed']}"
     sections = {**_measured(result, pictures), "Sampled conversations": _samples(result)}
     return html_page(title, origin, _headline(result), sections)
 
@@ -75,7 +77,7 @@ def _measured(result: Result, pictures: Pictures) -> dict[str, str]:
     told, reset = arms(result)
     parts = {
         "Recall by distance": image(pictures["recall"], _recall_in_words(result))
-        + note("Brackets are 95 % intervals, by bootstrap over conversations.")
+        + note(f"{recall_title(result)}. Of {scope(result)}. Bars: 95 % intervals, by bootstrap over conversations.")
         + _tables(recall_tables(result)),
         "Answer tokens": image(pictures["turns"], f"Perplexity of the reference answers by turn, {told} and {reset}.")
         + _tables([answer_table(result), turn_table(result)]),

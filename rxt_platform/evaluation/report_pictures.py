@@ -63,7 +63,9 @@ def draw_recall(result: Result) -> bytes:
     """PNG of recall by distance with 95 % intervals: with the memory, with own answers in it, with the memory reset."""
     figure = Figure(figsize=(_WIDTH, 3.6), layout="constrained")
     axes = figure.add_subplot()
-    axes.set_title("Recall of told facts on held-out conversations", fontsize=11, loc="left", pad=26)
+    keyed = result["questions"]["kind"] == "keyed"
+    title = "Recall of told facts" if keyed else "Follow-ups answered word for word"
+    axes.set_title(title, fontsize=11, loc="left", pad=26)
     entries = by_distance(result)
     if not entries:
         _say(axes, "no questions were asked")
@@ -88,7 +90,7 @@ def draw_recall(result: Result) -> bytes:
     axes.set_ylim(0, 1.08)  # room for the number above a full bar
     axes.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1])
     axes.yaxis.set_major_formatter(PercentFormatter(1))
-    axes.set_xlabel("turns from telling to asking (number of questions)")
+    axes.set_xlabel(f"turns {'from telling to asking' if keyed else 'since the first'} (number of questions)")
     axes.set_ylabel("answered right")
     _tidy(axes)
     axes.legend(frameon=False, ncols=3, loc="lower left", bbox_to_anchor=(-0.02, 0.99), fontsize=9, columnspacing=1.2)

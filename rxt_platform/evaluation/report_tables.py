@@ -43,10 +43,34 @@ def arms(result: Result) -> tuple[str, str]:
     return "with history" if result["responder"]["history"] == "full" else "history off", "no history"
 
 
+def recall_title(result: Result) -> str:
+    """What the questions are."""
+    if result["questions"]["kind"] == "keyed":
+        return "Recall of facts told in an earlier turn"
+    return "Follow-ups answered word for word (no row says what they ask for)"
+
+
+def scope(result: Result) -> str:
+    """How much was measured, and what was lost of it."""
+    cut, asked = result["cut"], result["questions"]
+    said = [f"{result['conversations']:,} conversations, {result['turns']:,} turns"]
+    if cut["conversations"]:
+        said.append(
+            f"cut to {result['responder']['interaction_window']:,} tokens an interaction: the ends of "
+            f"{cut['answers']:,} answers and {cut['queries']:,} queries, in {cut['conversations']:,} conversations"
+        )
+    if cut["left_out"]:
+        said.append(f"{cut['left_out']:,} conversations left out, as they are too long")
+    if asked["kind"] == "keyed" and asked["conversations"] < result["conversations"]:
+        said.append(f"only {asked['conversations']:,} conversations carry answer keys: the others ask nothing")
+    return "; ".join(said)
+
+
 def recall_tables(result: Result) -> list[Table]:
     """Recall by distance; by task and by range where there are several; with the model's own answers, if tried."""
-    named = [(turns(distance), entry) for distance, entry in by_distance(result)]
-    tables = [_shares(result, "distance", [*named, ("overall", result["recall_overall"])])]
+    keyed = result["questions"]["kind"] == "keyed"
+    named = [(turns(far) if keyed else f"turn {_next(far)}", entry) for far, entry in by_distance(result)]
+    tables = [_shares(result, "distance" if keyed else "asked in", [*named, ("overall", result["recall_overall"])])]
     by_task, by_range = result["recall_by_task"], result["recall_long_range"]
     if len(by_task) > 1:
         tables.append(_shares(result, "task", list(by_task.items())))
@@ -171,6 +195,11 @@ def latency_table(result: Result) -> Table:
 def by_distance(result: Result) -> list[tuple[str, Result]]:
     """Recall entries, nearest first."""
     return sorted(result["recall"].items(), key=lambda item: int(item[0].rstrip("+")))
+
+
+def _next(distance: str) -> str:
+    """The turn (from 1) of a follow-up that is so far from the first: "17+" becomes "18+"."""
+    return str(int(distance.rstrip("+")) + 1) + "+" * distance.endswith("+")
 
 
 def turns(distance: str) -> str:

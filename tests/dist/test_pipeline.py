@@ -142,7 +142,12 @@ def test_a_baseline_is_trained_beside_a_finished_model_and_measured_by_the_same_
     assert {status[stage] for stage in STAGES} == {"reused"}
     baseline = ["baseline.pretraining", "baseline.sft", "baseline.memory_aware"]
     assert [name for name, how in status.items() if how == "made"] == [*baseline, "evaluation"]
-    assert report["baseline"]["responder"] == {"kind": "stateless", "history": "full", "window": 512}
+    assert report["baseline"]["responder"] == {
+        "kind": "stateless",
+        "history": "full",
+        "window": 512,
+        "interaction_window": 128,
+    }
     for name in ("conversations", "turns"):
         assert report["baseline"][name] == report[name]
     assert report["baseline"]["answer_tokens"]["count"] == report["answer_tokens"]["count"]

@@ -14,7 +14,7 @@ import torch
 from rxt_platform.cli import guarded, rxt
 from rxt_platform.config.rewards import RewardConfig
 from rxt_platform.config.run import EvaluationConfig
-from rxt_platform.data.rows import Conversation, Interaction, row_to_json
+from rxt_platform.data.rows import Conversation, Interaction, Recall, row_to_json
 from rxt_platform.data.story_world import TASKS, StoryWorld
 from rxt_platform.evaluation.evaluate import evaluate
 from rxt_platform.evaluation.report import render_evaluation, to_json, write_evaluation_page
@@ -28,7 +28,7 @@ CONFIG = tiny_config(vocab_size=word_tokenizer().vocab_size, max_length=WINDOW)
 SETTINGS = EvaluationConfig(latency_conversations=0, samples=2)
 STORIES = (*StoryWorld(0).conversations("validation", 4, 5, TASKS), replace(KITE, system="Lily plays."), ALONE, HAT)
 EVALUATION = [
-    *("responder", "seed", "conversations", "turns", "answer_tokens", "memory_reset", "by_turn"),
+    *("responder", "seed", "conversations", "turns", "cut", "questions", "answer_tokens", "memory_reset", "by_turn"),
     *("recall", "recall_by_task", "recall_long_range", "recall_by_teller", "recall_overall", "reward"),
     *("free_running", "memory", "masked", "latency", "samples"),
 ]
@@ -111,7 +111,12 @@ def test_whatever_is_measured_ends_in_strict_json_tables_and_a_page(model: Any, 
 
 def test_a_reactive_evaluation_has_all_measures() -> None:
     result = measured(reactive(), STORIES, EvaluationConfig(samples=2))
-    assert result["responder"] == {"kind": "reactive", "history": None, "window": WINDOW}
+    assert result["responder"] == {
+        "kind": "reactive",
+        "history": None,
+        "window": WINDOW,
+        "interaction_window": WINDOW,
+    }
     assert (result["conversations"], result["turns"]) == (7, 4 * 5 + 4 + 1 + 2)
     assert sum(row["count"] for row in result["by_turn"]) == result["answer_tokens"]["count"]
     assert len(result["memory"]["by_write"]) == 6
@@ -135,7 +140,7 @@ def test_the_first_turn_has_nothing_to_remember_so_a_reset_changes_nothing() -> 
 
 def test_a_stateless_model_without_history_gains_nothing() -> None:
     result = measured(stateless(), STORIES, history="none")
-    assert result["responder"] == {"kind": "stateless", "history": "none", "window": 256}
+    assert result["responder"] == {"kind": "stateless", "history": "none", "window": 256, "interaction_window": 256}
     assert result["answer_tokens"] == result["memory_reset"]
     assert result["recall_overall"]["gain"] == 0.0
     full = measured(stateless(), STORIES)
@@ -227,3 +232,19 @@ def test_eval_says_what_is_wrong_before_it_measures(
 ) -> None:
     monkeypatch.setattr("rxt_platform.evaluation.evaluate.hold_conversations", lambda *_: pytest.fail("measured"))
     assert message in ran(capsys, files[model], "--data", files["talks.jsonl"], *options, code=2)
+
+
+def test_what_the_window_took_away_is_counted() -> None:
+    long = Conversation((Interaction("Tom plays.", "Tom has a red hat. " * 30), Interaction("What?", "A hat.")))
+    result = measured(reactive(), [long, HAT])
+    assert result["cut"] == {"answers": 1, "queries": 0, "conversations": 1, "left_out": 0}
+    left = measured(reactive(), [long, HAT], too_long="quarantine")
+    assert left["cut"] == {"answers": 0, "queries": 0, "conversations": 0, "left_out": 1}
+
+
+def test_questions_are_keyed_ones_or_all_follow_ups() -> None:
+    plain = Conversation((Interaction("Tom plays.", "Good."), Interaction("What?", "A hat.")))
+    assert measured(reactive(), [plain, plain])["questions"] == {"kind": "follow-ups", "conversations": 2}
+    key = Recall(("hat",), 1, False)
+    asked = Conversation((plain.interactions[0], replace(plain.interactions[1], recall=key)))
+    assert measured(reactive(), [plain, asked])["questions"] == {"kind": "keyed", "conversations": 1}

@@ -49,9 +49,11 @@ def rewarded(*scores: float) -> dict[str, Any]:
 
 
 KITES = {
-    "responder": {"kind": "reactive", "history": None, "window": 128},
+    "responder": {"kind": "reactive", "history": None, "window": 128, "interaction_window": 100},
     "conversations": 2,
     "turns": 4,
+    "cut": {"answers": 3, "queries": 0, "conversations": 2, "left_out": 1},
+    "questions": {"kind": "keyed", "conversations": 1},
     "answer_tokens": tokens(0.511, 1.667, 0.812, 4242),
     "memory_reset": tokens(1.511, 4.531, 0.404, 4242),
     "by_turn": [
@@ -283,7 +285,7 @@ def test_recall_is_shown_by_range_and_by_who_told_where_both_occur() -> None:
 def test_a_stateless_baseline_is_shown_beside_the_model() -> None:
     baseline = {
         **copy.deepcopy(KITES),
-        "responder": {"kind": "stateless", "history": "full", "window": 2048},
+        "responder": {"kind": "stateless", "history": "full", "window": 2048, "interaction_window": 100},
         "answer_tokens": tokens(0.75, 2.117, 0.7, 4242),
         "memory": None,
         "masked": None,
@@ -403,3 +405,25 @@ def test_what_the_data_lost_is_said_in_the_terminal_and_shown_on_the_page() -> N
     clean["data"]["tokens"]["texts_train"]["truncated"] = 0
     assert "Data:" not in render_table(clean)
     assert "set aside because" not in render_html(clean, PICTURES)
+
+
+def test_what_was_measured_and_what_was_lost_of_it_is_said() -> None:
+    run, alone, page = _shown(REPORT)
+    said = "cut to 100 tokens an interaction: the ends of 3 answers and 0 queries, in 2 conversations"
+    for lines in (run, alone, page):
+        text = " ".join(lines)
+        assert said in text
+        assert "1 conversations left out" in text
+        assert "only 1 conversations carry answer keys" in text
+        assert "Recall of facts told in an earlier turn" in text
+
+
+def test_without_answer_keys_nothing_is_called_recall_of_facts() -> None:
+    plain = {**REPORT, "questions": {"kind": "follow-ups", "conversations": 2}}
+    for lines in _shown(plain):
+        text = " ".join(lines)
+        assert "Follow-ups answered word for word" in text
+        assert "Recall of facts" not in text
+        assert any(line.startswith("turn 3 90.0 %") for line in lines), "the distance 2 is asked in turn 3"
+        assert any(line.startswith("turn 18+ 25.0 %") for line in lines)
+        assert "carry answer keys" not in text
