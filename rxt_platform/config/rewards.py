@@ -37,7 +37,7 @@ class BleuFactors(Parts):
     """What the answer's BLEU is taken to."""
 
     reference: Factor = Field(0.5, description="the reference answer")
-    saved: Factor = Field(0.5, description="the saved interaction: what the memory holds from the turn before")
+    saved: Factor = Field(0.5, description="the saved interaction: that of the turn before")
 
 
 class FirstCosineFactors(Parts):

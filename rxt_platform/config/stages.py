@@ -1,5 +1,6 @@
 """What a training stage is told: one class for each kind, each with its own optimisation settings (REF section 3)."""
 
+from abc import ABC, abstractmethod
 from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -59,7 +60,7 @@ class EarlyStopping(Spec):
     highest: bool = Field(False, description="the best is the highest, not the lowest")
 
 
-class StageBase(Spec):
+class StageBase(Spec, ABC):
     """What every stage has."""
 
     section: ClassVar[Section]  # of the corpus that it trains on
@@ -74,9 +75,9 @@ class StageBase(Spec):
     start_from: StartFrom | None = None
 
     @property
+    @abstractmethod
     def metrics(self) -> tuple[str, ...]:
         """What is measured on held-out rows."""
-        raise NotImplementedError
 
     @model_validator(mode="after")
     def _stopping_is_measured(self) -> Self:

@@ -45,7 +45,7 @@ def _answers(report: Report) -> Table:
                     number(reward if arm == "with_memory" else None),
                 ]
             )
-    return Table(["model", "perplexity", "95 %", "accuracy", "recall", "95 % of recall", "reward"], rows)
+    return Table(["model", "perplexity", "95 %", "accuracy", "recall", "95 %", "reward"], rows)
 
 
 def _recall(report: Report) -> Table:

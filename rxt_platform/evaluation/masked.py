@@ -1,4 +1,8 @@
-"""How well the encoder guesses hidden tokens of the conversations' interactions: whether it still reads well."""
+"""How well encoder and MLM head together guess hidden tokens of whole interactions.
+
+The head is as the last joint stage left it. Memory-aware training moves the encoder and not the head, so that after it
+a low figure says that the two no longer fit, not that the encoder reads badly.
+"""
 
 from collections.abc import Sequence
 from typing import Any

@@ -21,9 +21,11 @@ from rxt_platform.evaluation.report_pictures import draw_comparison, draw_evalua
 from rxt_platform.evaluation.report_tables import (
     COSINE_KIND,
     LOSS_NOTE,
+    MASKED_NOTE,
     answer_table,
     duration,
     latency_table,
+    masked_tables,
     memory_tables,
     recall_tables,
     recall_title,
@@ -81,6 +83,7 @@ def render_evaluation(result: Mapping[str, Any]) -> str:
     sections = {
         recall_title(result): recall_tables(result),
         "Answers, teacher-forced": [answer_table(result), turn_table(result)],
+        f"Masked interactions. {MASKED_NOTE}": masked_tables(result),
         "Memory from write to write": memory_tables(result),
         "Composite reward of the answers to follow-ups": [reward_table(result)] if result["reward"]["scores"] else [],
         "Time of a turn, one conversation at a time": [latency_table(result)] if result["latency"] else [],

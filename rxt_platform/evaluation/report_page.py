@@ -10,11 +10,13 @@ from rxt_platform.evaluation.page import html_page, image, note
 from rxt_platform.evaluation.report_tables import (
     COSINE_KIND,
     LOSS_NOTE,
+    MASKED_NOTE,
     answer_table,
     arms,
     by_distance,
     duration,
     latency_table,
+    masked_tables,
     memory_tables,
     number,
     percent,
@@ -82,6 +84,8 @@ def _measured(result: Result, pictures: Pictures) -> dict[str, str]:
         "Answer tokens": image(pictures["turns"], f"Perplexity of the reference answers by turn, {told} and {reset}.")
         + _tables([answer_table(result), turn_table(result)]),
     }
+    if result["masked"] is not None:
+        parts["Masked interactions"] = note(MASKED_NOTE) + _tables(masked_tables(result))
     if result["memory"] is not None:
         parts["Memory health"] = image(pictures["memory"], "What the memory looks like after each write.") + _tables(
             memory_tables(result)

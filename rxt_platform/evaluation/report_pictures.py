@@ -19,6 +19,8 @@ _LOGARITHMIC = 20.0  # largest over smallest from which an axis is logarithmic
 _OWN_ANSWERS = "its own answers remembered"
 
 Result = Mapping[str, Any]
+Measured = tuple[float, Sequence[float] | None]
+"""A value and its interval."""
 Series = tuple[str, Sequence[float | None], str]
 """Label, values and colour of a line."""
 
@@ -108,10 +110,9 @@ def draw_turns(result: Result) -> bytes:
     for label, arm, colour in zip(
         arms(result), ("with_memory", "memory_reset"), (_MEMORY_COLOUR, _RESET_COLOUR), strict=True
     ):
-        values = [row[arm]["perplexity"] for row in rows]
-        errors = _errors([(row[arm]["perplexity"], row[arm]["intervals"]["perplexity"]) for row in rows])
-        axes.errorbar(turns, values, errors, color=colour, label=label, marker="o", markersize=3, capsize=2, lw=1.4)
-        seen += values
+        measured = [(row[arm]["perplexity"], row[arm]["intervals"]["perplexity"]) for row in rows]
+        _points(axes, turns, measured, label, colour)
+        seen += [value for value, _ in measured]
     if max(seen) > _LOGARITHMIC * min(seen):
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))  # no powers in another font
@@ -201,10 +202,8 @@ def draw_comparison(report: Result) -> bytes:
     ]
     for label, result, arm, colour in series:
         entries = [(int(distance.rstrip("+")), entry) for distance, entry in by_distance(result)]
-        values = [entry[arm] for _, entry in entries]
-        errors = _errors([(entry[arm], entry["intervals"][arm]) for _, entry in entries])
-        places = [distance for distance, _ in entries]
-        axes.errorbar(places, values, errors, color=colour, label=label, marker="o", markersize=3, capsize=2, lw=1.4)
+        measured = [(entry[arm], entry["intervals"][arm]) for _, entry in entries]
+        _points(axes, [distance for distance, _ in entries], measured, label, colour)
     axes.set_ylim(0, 1.05)
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
@@ -237,7 +236,14 @@ def _lines(axes: Axes, places: Sequence[int], series: Sequence[Series], label: s
     _tidy(axes)
 
 
-def _errors(measured: Sequence[tuple[float, Sequence[float] | None]]) -> list[list[float]]:
+def _points(axes: Axes, places: Sequence[int], measured: Sequence[Measured], label: str, colour: str) -> None:
+    """A line through values, each with its interval."""
+    values = [value for value, _ in measured]
+    errors = _errors(measured)
+    axes.errorbar(places, values, errors, color=colour, label=label, marker="o", markersize=3, capsize=2, lw=1.4)
+
+
+def _errors(measured: Sequence[Measured]) -> list[list[float]]:
     """How far each interval reaches below and above its value; nowhere without one."""
     ends = [(value, interval or (value, value)) for value, interval in measured]
     below = [max(0.0, value - low) for value, (low, _) in ends]

@@ -17,6 +17,8 @@ LOSS_NOTE = "Loss is in nats per token; that of memory pre-training is a negativ
 
 _DASH = "–"
 _SPREAD = "95 %"
+_TOKEN_COLUMNS = ("loss", "95 % interval", "perplexity", "accuracy", "95 % interval", "tokens")
+MASKED_NOTE = "The MLM head is the last joint stage's; memory-aware training moves the encoder away from it."
 
 Result = Mapping[str, Any]
 
@@ -97,7 +99,7 @@ def _shares(result: Result, kind: str, named: Sequence[tuple[str, Result]]) -> T
         ]
         for label, entry in named
     ]
-    return Table([kind, *arms(result), "gain", f"{_SPREAD} of gain", "questions"], rows)
+    return Table([kind, *arms(result), "gain", "95 % interval", "questions"], rows)
 
 
 def _ways(result: Result) -> list[tuple[str, Result]]:
@@ -107,13 +109,16 @@ def _ways(result: Result) -> list[tuple[str, Result]]:
 
 
 def answer_table(result: Result) -> Table:
-    """Held-out answer tokens, teacher-forced; and the encoder's guesses of hidden ones."""
+    """Answer tokens, teacher-forced."""
     named = zip(arms(result), ("answer_tokens", "memory_reset"), strict=True)
-    rows = [_tokens(label, result[key]) for label, key in named]
-    if result["masked"] is not None:
-        rows.append(_tokens("hidden from encoder", result["masked"]))
-    header = ["tokens of answers", "loss", f"{_SPREAD} of loss", "perplexity", "accuracy", f"{_SPREAD} of accuracy"]
-    return Table([*header, "tokens"], rows)
+    return Table(["tokens of answers", *_TOKEN_COLUMNS], [_tokens(label, result[key]) for label, key in named])
+
+
+def masked_tables(result: Result) -> list[Table]:
+    """Hidden tokens of whole interactions, as encoder and MLM head guess them; none of a stateless model."""
+    if result["masked"] is None:
+        return []
+    return [Table(["hidden tokens", *_TOKEN_COLUMNS], [_tokens("encoder, MLM head", result["masked"])])]
 
 
 def _tokens(label: str, entry: Result) -> list[str]:

@@ -268,19 +268,12 @@ class Engine:
                     self.meter.add(outcome.metrics, outcome.tokens, outcome.flops)
                 if wishes.write_failed:
                     self._settle_writer()
-                judged = stopping is not None and done % stopping.every == 0
-                measured = training.evaluate_every is not None and done % training.evaluate_every == 0
-                if (measured or judged) and done < self.steps:
-                    with self.clock.part("evaluation"):
-                        held_out = self.evaluate(validation)
-                    metrics |= {f"validation_{name}": value for name, value in held_out.items()}
-                    self._check_best(metrics)
-                    if stopping is not None and judged:
-                        # The last bit may differ between machines, and all ranks must decide alike.
-                        value = on_rank_zero(lambda found=held_out: found[stopping.metric])  # type: ignore[misc]
-                        plateau = plateau.after(value, stopping)
-                        if plateau.stale >= stopping.patience and done > max(changes):
-                            self.end = done
+                held_out = self._held_out(done, validation)
+                metrics |= {f"validation_{name}": value for name, value in held_out.items()}
+                if stopping is not None and done % stopping.every == 0 and held_out:
+                    plateau = plateau.after(_of_rank_zero(held_out[stopping.metric]), stopping)
+                    if plateau.stale >= stopping.patience and done > max(changes):
+                        self.end = done
                 due = done % training.checkpoints.every == 0 or wishes.checkpoint
                 if due and done < self.end and not wishes.stop:
                     with self.clock.part("checkpoint"):
@@ -290,17 +283,31 @@ class Engine:
                 self.spans.add(done, started, parts, outcome.tokens, outcome.rows if training.log_rows else None)
                 self.profiler.after_step()
                 if done % training.log_every == 0 or done == self.end:
-                    self.spans.flush()
-                    self.settings.watch.check_current()
-                    logged = self.meter.take()
                     evaluated = {name: value for name, value in metrics.items() if name.startswith("validation_")}
-                    metrics = {**logged, **outcome.norms, **evaluated}
+                    metrics = {**self._logged(), **outcome.norms, **evaluated}
                     hooks.on_metrics(done, self.steps, {**metrics, "skipped_batches": float(len(skipped))})
                 if done == self.end:
                     break
                 if wishes.stop:
                     self._stop(now(done))
         return now(self.end)
+
+    def _logged(self) -> Metrics:
+        """The means since the last logged step, once it is sure that no newer attempt has taken over."""
+        self.spans.flush()
+        self.settings.watch.check_current()
+        return self.meter.take()
+
+    def _held_out(self, done: int, validation: list[Batch]) -> Metrics:
+        """Held-out metrics, where they are due after so many steps; empty where they are not, and at the end."""
+        stopping = self.stage.config.early_stopping
+        periods = (self.training.evaluate_every, stopping and stopping.every)
+        if done == self.steps or not any(period and done % period == 0 for period in periods):
+            return {}
+        with self.clock.part("evaluation"):
+            held_out = self.evaluate(validation)
+        self._check_best(held_out)
+        return held_out
 
     def _stop(self, state: ResumeState) -> None:
         """Checkpoint, wait until it and its copy are safe, and end."""
@@ -311,10 +318,10 @@ class Engine:
         message = f"stopped as asked after step {state.step} of {self.steps}; the same command goes on from there"
         raise_together(StoppedError(f"{message}{on_rank_zero(self.writer.told_of_copies)}"))
 
-    def _check_best(self, metrics: Metrics) -> None:
-        best = self.training.checkpoints.best
-        if best is not None and best.metric not in metrics:
-            known = ", ".join(sorted(name for name in metrics if name.startswith("validation_")))
+    def _check_best(self, held_out: Metrics) -> None:
+        best, measured = self.training.checkpoints.best, {f"validation_{name}" for name in held_out}
+        if best is not None and best.metric not in measured:
+            known = ", ".join(sorted(measured))
             raise_together(TrainingError(f"checkpoints.best.metric {best.metric!r} is not among the metrics: {known}"))
 
     def _places(self, batch: Batch) -> list[str]:
@@ -378,6 +385,11 @@ def forward_rows(config: StageConfig, sampler: BatchSampler, world: int, trainin
     if training.precision == "bf16" and training.zero_stage == 0:
         return rows
     return sampler.forward_rows(rows, world, FORWARD_OVERHEAD[device])
+
+
+def _of_rank_zero(value: float) -> float:
+    """Rank 0's: the last bit may differ between machines, and all ranks must decide alike."""
+    return on_rank_zero(lambda: value)
 
 
 def _add(totals: Metrics, values: Metrics) -> None:

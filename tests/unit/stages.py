@@ -76,6 +76,19 @@ def trained_components(model: ReactiveTransformer) -> set[str]:
     return {component_of(name) for name, size in gradients(model).items() if size > 0}
 
 
+def mean_change(model: ReactiveTransformer, batch: Batch, last: int | None = None) -> float:
+    """Mean over the writes of `TALKS` (up to turn `last`) of `sqrt(i) * MSE(new, old)` at write i, from 1 (REF 3.3)."""
+    terms = []
+    with torch.no_grad():
+        for row, talk in enumerate(TALKS):
+            memory = model.initial_memory(batch.seeds[row : row + 1])
+            for write, ids in enumerate(talk.turns[:last], start=1):
+                written = model.write(memory, torch.tensor([ids]))
+                terms.append(write**0.5 * float((written - memory).pow(2).mean()))
+                memory = written
+    return sum(terms) / len(terms)
+
+
 def answer_loss(logits: Tensor, ids: Tensor, start: int) -> Tensor:
     """Summed cross-entropy of one turn's tokens from `start` on, token by token: what DESIGN 2 says."""
     terms = [-logits[t - 1].log_softmax(dim=-1)[ids[t]] for t in range(start, len(ids))]

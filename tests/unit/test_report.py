@@ -227,7 +227,7 @@ def test_table_holds_every_measurement_within_100_columns() -> None:
         "references 80.0 % 22.5 % +57.5 pt +52.5 to +62.5 pt 40",
         "its own 62.5 % 22.5 % +40.0 pt +35.0 to +45.0 pt 40",
         "memory reset 1.511 1.360 to 1.662 4.531 40.4 % 36.4 to 44.4 % 4,242",
-        "hidden from encoder 1.250 1.125 to 1.375 – 64.0 % 60.0 to 68.0 % 321",
+        "encoder, MLM head 1.250 1.125 to 1.375 – 64.0 % 60.0 to 68.0 % 321",
         "2 0.700 2.100 2.014 8.166 65.0 % 30.0 % 2,242",
         "before 1.000 – 99.0 % 0.062 2",
         "1 1.125 42.0 % 87.5 % 0.125 2",
