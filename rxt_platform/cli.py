@@ -72,7 +72,7 @@ def plan(config: str, overrides: tuple[str, ...], as_json: bool) -> None:
     type=click.Choice(["fast", "extended", "auto"]),
     default="fast",
     show_default=True,
-    help="Answer at once, think first, or as the model sees fit.",
+    help="Of a hybrid model: answer at once, think first, or as it sees fit.",
 )
 @click.option("--system", metavar="TEXT", help="A system prompt, written into the memory at the start and at /reset.")
 def chat(
@@ -112,6 +112,8 @@ def chat(
             _start_afresh(held, seed, system)
             turn = 0
             click.echo("memory reset")
+        elif message.startswith("/") and message.split()[0] != "/tool":
+            click.echo(f"[no such command: {message.split()[0]}; /tool TEXT, /reset, /quit]")
         elif message:
             options = SamplingOptions(temperature, top_p, derive_seed(seed, turn), top_k=top_k)
             try:

@@ -81,9 +81,11 @@ def evaluate(
         window,
         progress=_Progress(len(talks)).show,
     )
-    click.echo(to_json(result) if as_json else render_evaluation(result))
+    result = {"model": model, "data": data, **result}
+    title = f"{Path(model).resolve().name} on {Path(data).name}"
+    click.echo(to_json(result) if as_json else f"{title}, seed {seed}\n{render_evaluation(result)}")
     if report is not None:
-        write_evaluation_page(Path(report), f"{Path(model).resolve().name} on {Path(data).name}", result)
+        write_evaluation_page(Path(report), title, result)
 
 
 def _check_page(path: Path) -> None:

@@ -20,6 +20,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from rxt_platform.data.recall import matches
+
 RowKind = Literal["text", "interaction", "conversation", "hybrid", "preference"]
 ROW_VERSION = 2
 """Raised by every change to a layout that is written."""
@@ -310,7 +312,7 @@ def _recall(row: Mapping[str, Any], answer: str, column: str) -> Recall | None:
     if not spans:
         raise _bad("answer_span", column, "empty")
     for span in spans:
-        if span not in answer:
+        if not matches(answer, answer, (span,)):
             raise _bad("answer_span", column, f"{_short(span)} does not occur in the answer {_short(answer)}")
     distance, long_range = row["distance"], row["long_range"]
     if isinstance(distance, bool) or not isinstance(distance, int):

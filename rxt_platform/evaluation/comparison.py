@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from rxt_platform.evaluation.report_tables import arms, by_distance, number, percent, rate, spread, turns
+from rxt_platform.evaluation.report_tables import arms, by_distance, number, percent, rate, spread, thinned, turns
 from rxt_platform.tables import Table
 
 Report = Mapping[str, Any]
@@ -62,13 +62,13 @@ def _recall(report: Report) -> Table:
 
 
 def _latency(report: Report) -> Table:
-    """Milliseconds to the first token and tokens per second, by turn."""
+    """Milliseconds to the first token and of a memory write, and tokens per second, by turn."""
     others = {row["turn"]: row for row in report["baseline"]["latency"]}
     rows = []
-    for row in report["latency"]:
+    for row in thinned(report["latency"]):
         other = others.get(row["turn"])
         if other is not None:
-            times = [f"{one['prompt_ms']:.1f} ms" for one in (row, other)]
+            times = [f"{value:.1f} ms" for value in (row["prompt_ms"], row["write_ms"], other["prompt_ms"])]
             rates = [rate(one["tokens_per_second"]) for one in (row, other)]
             rows.append([str(row["turn"]), *times, *rates])
-    return Table(["turn", "first token", "stateless", "tokens per second", "stateless"], rows)
+    return Table(["turn", "first token", "memory write", "stateless", "tokens per second", "stateless"], rows)

@@ -17,11 +17,11 @@ import torch
 
 from rxt_platform.data.batches import derive_seed
 from rxt_platform.data.examples import Example, RowEncoder
+from rxt_platform.data.recall import matches
 from rxt_platform.data.rows import Conversation, RowError
 from rxt_platform.data.tokenizer import RxtTokenizer, answer_ids
 from rxt_platform.errors import DataError
 from rxt_platform.evaluation.outcomes import Question, TokenSums, TurnOutcome
-from rxt_platform.evaluation.recall import matches
 from rxt_platform.evaluation.responders import Responder, State, answer_all
 
 SPARE_TOKENS = 8

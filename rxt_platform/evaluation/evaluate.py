@@ -25,6 +25,7 @@ Evaluation = dict[str, Any]
 
     responder         {kind: reactive | stateless, history: full | none | None, window (of the model), and
                       interaction_window (what an interaction was cut to): tokens}
+    settings          {free_running, reward, reward_model, ...: as `EvaluationConfig` says; too_long}
     seed, conversations (used), turns (of all of them)
     cut               {answers, queries (interactions that lost the end of one), conversations (with such), left_out}
     questions         {kind: keyed | follow-ups, conversations (that ask some)}: without any answer key every follow-up
@@ -91,6 +92,7 @@ def evaluate(
             "window": model.config.max_length,
             "interaction_window": longest,
         },
+        "settings": {**settings.model_dump(mode="json"), "conversations": len(conversations), "too_long": too_long},
         "seed": seed,
         "conversations": len(talks),
         "turns": len(outcomes),

@@ -29,7 +29,7 @@ def note(text: str) -> str:
 
 _STYLE = """
 :root { color-scheme: light dark; --text: #1c1e21; --soft: #5f6672; --line: #d9dde3; --page: #f6f7f9; --card: #fff;
-  --blue: #0067a3; --orange: #9a6200; }
+  --blue: #0067a3; --orange: #9a6200; --sky: #3d94c4; }
 @media (prefers-color-scheme: dark) { :root { --text: #e6e8eb; --soft: #a3abb8; --line: #3a404a; --page: #14171b;
   --card: #1e2228; --blue: #5db7ef; --orange: #f0b13c; } }
 * { box-sizing: border-box; }
@@ -43,10 +43,11 @@ section { background: var(--card); border: 1px solid var(--line); border-radius:
 section > :first-child { margin-top: 0; }
 section > :last-child { margin-bottom: 0; }
 .note { color: var(--soft); font-size: .9rem; margin: .25rem 0 .75rem; }
-.tiles { display: grid; grid-template-columns: repeat(3, 1fr); gap: .75rem; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: .75rem; }
 .tiles div { border-left: 4px solid var(--soft); padding-left: .75rem; color: var(--soft); font-size: .9rem; }
 .tiles b { display: block; font-size: 1.7rem; line-height: 1.2; color: var(--text); white-space: nowrap; }
-.tiles .memory { border-color: var(--blue); } .tiles .reset { border-color: var(--orange); }
+.tiles .memory { border-color: var(--blue); } .tiles .own { border-color: var(--sky); }
+.tiles .reset { border-color: var(--orange); }
 img { display: block; width: 100%; max-width: 680px; height: auto; margin: 0 auto 1rem; padding: .25rem;
   background: #fff; border-radius: 6px; }
 .scroll { overflow-x: auto; margin-bottom: 1rem; }

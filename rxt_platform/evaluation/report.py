@@ -18,25 +18,20 @@ from rxt_platform.evaluation.comparison import comparison_tables
 from rxt_platform.evaluation.data_tables import data_note
 from rxt_platform.evaluation.report_page import render_evaluation_html, render_html
 from rxt_platform.evaluation.report_pictures import draw_comparison, draw_evaluation, draw_losses
+from rxt_platform.evaluation.report_sections import Section, sections
 from rxt_platform.evaluation.report_tables import (
     COSINE_KIND,
     LOSS_NOTE,
-    MASKED_NOTE,
-    answer_table,
+    UNKNOWN_NOTE,
     duration,
-    latency_table,
-    masked_tables,
-    memory_tables,
-    recall_tables,
-    recall_title,
-    reward_table,
     scope,
     stage_table,
-    turn_table,
 )
 from rxt_platform.tables import text_table
 
 REPORT_FILES = ("report.json", "report.html", "recall.png", "losses.png")
+
+_COLUMNS = 100
 
 Report = dict[str, Any]
 """Names and shapes; seconds are wall-clock, losses nats per token (negative cosine for memory pre-training).
@@ -51,9 +46,9 @@ Report = dict[str, Any]
                       tokens, as multiples of a fair one
     data              {validation: as `validation.json`, tokens: the parts of `tokens.json`, fertility: as
                       `fertility.json`}
-    responder, conversations, turns, answer_tokens, memory_reset, by_turn, recall, recall_by_task, recall_long_range,
-    recall_by_teller, recall_overall, reward, free_running, memory, masked, latency, samples
-                      of the last model on held-out conversations: as `Evaluation` in `evaluate.py` says
+    settings, responder, conversations, turns, cut, questions, answer_tokens, memory_reset, by_turn, recall,
+    recall_by_task, recall_long_range, recall_by_teller, recall_overall, reward, free_running, memory, masked, latency,
+    samples           of the last model on held-out conversations: as `Evaluation` in `evaluate.py` says
     baseline          the same of the stateless baseline, with its whole history; None of a run without one
 """
 
@@ -79,17 +74,17 @@ def render_table(report: Report) -> str:
 
 
 def render_evaluation(result: Mapping[str, Any]) -> str:
-    """What `rxt eval` prints."""
-    sections = {
-        recall_title(result): recall_tables(result),
-        "Answers, teacher-forced": [answer_table(result), turn_table(result)],
-        f"Masked interactions. {MASKED_NOTE}": masked_tables(result),
-        "Memory from write to write": memory_tables(result),
-        "Composite reward of the answers to follow-ups": [reward_table(result)] if result["reward"]["scores"] else [],
-        "Time of a turn, one conversation at a time": [latency_table(result)] if result["latency"] else [],
-    }
-    shown = (f"{title}\n" + "\n\n".join(map(text_table, tables)) for title, tables in sections.items() if tables)
-    return "\n\n".join(["\n".join(textwrap.wrap(scope(result), 100)), *shown])
+    """What `rxt eval` prints of what was measured."""
+    return "\n\n".join([_wrapped(f"{scope(result)}. {UNKNOWN_NOTE}"), *map(_section, sections(result))])
+
+
+def _section(section: Section) -> str:
+    tables = "\n\n".join(map(text_table, section.tables))
+    return "\n".join(part for part in (section.title, _wrapped(section.note), tables) if part)
+
+
+def _wrapped(text: str) -> str:
+    return "\n".join(textwrap.wrap(text, _COLUMNS))
 
 
 def write_report(directory: Path, report: Report, histories: dict[str, list[dict[str, float]]]) -> None:

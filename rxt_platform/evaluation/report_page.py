@@ -7,26 +7,20 @@ from typing import Any
 from rxt_platform.evaluation.comparison import comparison_tables
 from rxt_platform.evaluation.data_tables import data_tables
 from rxt_platform.evaluation.page import html_page, image, note
+from rxt_platform.evaluation.report_sections import sections
 from rxt_platform.evaluation.report_tables import (
     COSINE_KIND,
     LOSS_NOTE,
-    MASKED_NOTE,
-    answer_table,
+    UNKNOWN_NOTE,
     arms,
     by_distance,
     duration,
-    latency_table,
-    masked_tables,
-    memory_tables,
     number,
     percent,
     points,
-    recall_tables,
     recall_title,
-    reward_table,
     scope,
     stage_table,
-    turn_table,
     turns,
 )
 from rxt_platform.tables import Table, html_table
@@ -38,9 +32,9 @@ Pictures = Mapping[str, bytes]
 
 def render_evaluation_html(title: str, result: Result, pictures: Pictures) -> str:
     """The page of one evaluation; everything is inline and all text escaped."""
-    origin = f"{scope(result)} · seed {result['seed']}"
-    sections = {**_measured(result, pictures), "Sampled conversations": _samples(result)}
-    return html_page(title, origin, _headline(result), sections)
+    origin = " · ".join([*([f"data {result['data']}"] if "data" in result else []), f"seed {result['seed']}"])
+    parts = {**_measured(result, pictures), "Sampled conversations": _samples(result)}
+    return html_page(title, origin, _headline(result), parts)
 
 
 def render_html(report: Result, pictures: Pictures) -> str:
@@ -52,8 +46,9 @@ def render_html(report: Result, pictures: Pictures) -> str:
         + html_table(stage_table(report))
         + note(_stage_note(report))
     )
-    sections = {
-        "Recall by distance": measured.pop("Recall by distance"),
+    recall = recall_title(report)
+    parts = {
+        recall: measured.pop(recall),
         **({"Beside the stateless baseline": _comparison(report, pictures)} if report["baseline"] else {}),
         "Training": training,
         **measured,
@@ -62,7 +57,7 @@ def render_html(report: Result, pictures: Pictures) -> str:
         "Steps and versions": _provenance(report),
     }
     origin = f"seed {report['seed']} · made {report['created']} · {duration(report['run_seconds'])}"
-    return html_page(f"{report['name']}: training report", origin, _headline(report), sections)
+    return html_page(f"{report['name']}: training report", origin, _headline(report), parts)
 
 
 def _comparison(report: Result, pictures: Pictures) -> str:
@@ -76,31 +71,30 @@ def _comparison(report: Result, pictures: Pictures) -> str:
 
 def _measured(result: Result, pictures: Pictures) -> dict[str, str]:
     """The parts of a page that show an evaluation."""
-    told, reset = arms(result)
-    parts = {
-        "Recall by distance": image(pictures["recall"], _recall_in_words(result))
-        + note(f"{recall_title(result)}. Of {scope(result)}. Bars: 95 % intervals, by bootstrap over conversations.")
-        + _tables(recall_tables(result)),
-        "Answer tokens": image(pictures["turns"], f"Perplexity of the reference answers by turn, {told} and {reset}.")
-        + _tables([answer_table(result), turn_table(result)]),
-    }
-    if result["masked"] is not None:
-        parts["Masked interactions"] = note(MASKED_NOTE) + _tables(masked_tables(result))
-    if result["memory"] is not None:
-        parts["Memory health"] = image(pictures["memory"], "What the memory looks like after each write.") + _tables(
-            memory_tables(result)
-        )
-    if result["reward"]["scores"]:
-        parts["Reward"] = (
-            image(pictures["rewards"], "How many conversations got which reward.")
-            + _tables([reward_table(result)])
-            + note(
-                "Composite reward of the follow-ups: BLEU, closeness in meaning, length; the mean of each conversation."
-            )
-        )
-    if result["latency"]:
-        parts["Latency"] = image(pictures["latency"], "Times of a turn, by turn.") + _tables([latency_table(result)])
+    parts = {}
+    for section in sections(result):
+        shown = note(section.note) if section.note else ""
+        if section.picture in pictures:
+            shown += image(pictures[section.picture], _in_words(section.picture, result))
+        parts[section.title] = shown + _tables(section.tables)
     return parts
+
+
+def _in_words(picture: str, result: Result) -> str:
+    """What a picture shows, for those who don't see it."""
+    told, reset = arms(result)
+    if picture == "recall":
+        said = [
+            f"{turns(distance)}: {percent(entry['with_memory'])} {told}, {percent(entry['reset'])} with {reset}"
+            for distance, entry in by_distance(result)
+        ]
+        return "By distance. " + ("; ".join(said) or "No questions were asked") + "."
+    return {
+        "turns": f"Perplexity of the reference answers by turn, {told} and {reset}.",
+        "rewards": "How many conversations got which reward.",
+        "memory": "What the memory looks like after each write.",
+        "latency": "Times of a turn, by turn.",
+    }[picture]
 
 
 def _tables(tables: Sequence[Table]) -> str:
@@ -108,20 +102,27 @@ def _tables(tables: Sequence[Table]) -> str:
 
 
 def _headline(result: Result) -> str:
-    overall = result["recall_overall"]
+    """The figures to look at first."""
+    overall, own = result["recall_overall"], result["free_running"]
     if not overall["count"]:
-        return "<section><p>The held-out conversations ask for no told facts, so recall was not measured.</p></section>"
+        return "<section><p>The conversations ask for nothing that was told, so recall was not measured.</p></section>"
     told, reset = arms(result)
-    tiles = (
+    tiles = [
         ("memory gain" if told == "with memory" else "gain from history", points(overall["gain"]), "gain"),
-        (f"recall {told}", percent(overall["with_memory"]), "memory"),
-        (f"recall with {reset}", percent(overall["reset"]), "reset"),
-    )
+        (f"right {told}, reference answers remembered", percent(overall["with_memory"]), "memory"),
+        (f"right with {reset}", percent(overall["reset"]), "reset"),
+    ]
+    if own is not None:
+        right = percent(own["recall_overall"]["with_memory"])
+        tiles.insert(2, (f"right {told}, its own answers remembered", right, "own"))
     cells = "".join(f'<div class="{kind}"><b>{value}</b>{label}</div>' for label, value, kind in tiles)
+    asked = "questions about facts told in an earlier turn"
+    if result["questions"]["kind"] != "keyed":
+        asked = "follow-ups, to be answered word for word"
     return (
-        f'<section><div class="tiles">{cells}</div><p>Of {overall["count"]:,} questions on held-out conversations '
-        "about facts told in an earlier turn, how many the model answers right with what it keeps of the "
-        "conversation, and with that put back to its initial state before the question.</p></section>"
+        f'<section><div class="tiles">{cells}</div><p>Of {overall["count"]:,} {asked}, how many the model answers '
+        "right with what it keeps of the conversation, and with that put back to its start before the question.</p>"
+        f"{note(f'{scope(result)}. Bars and intervals: 95 %, over conversations. {UNKNOWN_NOTE}')}</section>"
     )
 
 
@@ -159,15 +160,6 @@ def _stage_note(report: Result) -> str:
     if any(stage["baselines"] for stage in report["stages"]):
         said += " Unigram and bigram are what counting the training tokens predicts on the same held-out tokens."
     return said
-
-
-def _recall_in_words(result: Result) -> str:
-    told, reset = arms(result)
-    said = [
-        f"{turns(distance)}: {percent(entry['with_memory'])} {told}, {percent(entry['reset'])} with {reset}"
-        for distance, entry in by_distance(result)
-    ]
-    return "Recall by distance. " + ("; ".join(said) or "No questions were asked") + "."
 
 
 def _facts(title: str, values: Result) -> Table:

@@ -17,6 +17,7 @@ _WIDTH, _DPI = 6.4, 180  # inches: small, so that the type is still readable whe
 _MAX_BAR_LABELS = 8  # distances; with more, numbers above the bars would run into each other
 _LOGARITHMIC = 20.0  # largest over smallest from which an axis is logarithmic
 _OWN_ANSWERS = "its own answers remembered"
+_FEW, _PALE = 10, 0.4  # questions below which a bar is drawn pale, and how pale
 
 Result = Mapping[str, Any]
 Measured = tuple[float, Sequence[float] | None]
@@ -82,7 +83,9 @@ def draw_recall(result: Result) -> bytes:
         places = [place + (index - (len(series) - 1) / 2) * width for place in range(len(rows))]
         errors = _errors([(entry[key], entry["intervals"][key]) for _, entry in rows])
         style = {"elinewidth": 0.9, "capsize": 2, "ecolor": "#444444"}
-        axes.bar(places, heights, width * 0.94, color=colour, label=label, yerr=errors, error_kw=style)
+        bars = axes.bar(places, heights, width * 0.94, color=colour, label=label, yerr=errors, error_kw=style)
+        for bar, (_, entry) in zip(bars, rows, strict=True):
+            bar.set_alpha(1.0 if entry["count"] >= _FEW else _PALE)
         if len(rows) <= _MAX_BAR_LABELS:
             for place, height, error in zip(places, heights, errors[1], strict=True):
                 axes.text(place, height + error + 0.015, f"{100 * height:.0f}", ha="center", fontsize=8)
@@ -92,7 +95,8 @@ def draw_recall(result: Result) -> bytes:
     axes.set_ylim(0, 1.08)  # room for the number above a full bar
     axes.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1])
     axes.yaxis.set_major_formatter(PercentFormatter(1))
-    axes.set_xlabel(f"turns {'from telling to asking' if keyed else 'since the first'} (number of questions)")
+    few = f"; pale: below {_FEW}" if any(entry["count"] < _FEW for _, entry in entries) else ""
+    axes.set_xlabel(f"turns {'from telling to asking' if keyed else 'since the first'} (number of questions{few})")
     axes.set_ylabel("answered right")
     _tidy(axes)
     axes.legend(frameon=False, ncols=3, loc="lower left", bbox_to_anchor=(-0.02, 0.99), fontsize=9, columnspacing=1.2)
@@ -173,14 +177,15 @@ def draw_rewards(result: Result) -> bytes:
     if result["free_running"] is not None:
         named.append((_OWN_ANSWERS, result["free_running"], _RESET_COLOUR))
     scores = [way["reward"]["scores"] for _, way, _ in named]
-    top = max(max(one) for one in scores) or 1.0
-    edges = [top * edge / 20 for edge in range(21)]
+    top = result["settings"]["reward"]["scale"]  # always the whole scale, so that pictures compare
+    edges = [top * edge / 40 for edge in range(41)]
     for (label, way, colour), one in zip(named, scores, strict=True):
         if way is result:
             axes.hist(one, edges, color=colour, alpha=0.45, label=label)
         else:  # an outline, so that neither hides the other
             axes.hist(one, edges, color=colour, histtype="step", linewidth=1.6, label=label)
         axes.axvline(way["reward"]["mean"], color=colour, linewidth=1.4, linestyle="--")
+    axes.set_xlim(0, top)
     axes.set_xlabel("mean reward of a conversation (dashed: mean of all)")
     axes.set_ylabel("conversations")
     axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
@@ -192,8 +197,9 @@ def draw_rewards(result: Result) -> bytes:
 def draw_comparison(report: Result) -> bytes:
     """PNG of a run's model beside its stateless baseline: recall by distance, time to the first token by turn."""
     baseline = report["baseline"]
+    timed = report["latency"] and baseline["latency"]
     figure = Figure(figsize=(_WIDTH, 2.8), layout="constrained")
-    axes = figure.add_subplot(1, 2, 1)
+    axes = figure.add_subplot(1, 2 if timed else 1, 1)
     axes.set_title("recall", fontsize=10, loc="left")
     series = [
         ("with memory", report, "with_memory", _MEMORY_COLOUR),
@@ -210,6 +216,8 @@ def draw_comparison(report: Result) -> bytes:
     axes.set_xlabel("turns from telling to asking")
     axes.legend(frameon=False, fontsize=8)
     _tidy(axes)
+    if not timed:
+        return _png(figure)
     axes = figure.add_subplot(1, 2, 2)
     axes.set_title("milliseconds to the first token", fontsize=10, loc="left")
     for label, result, colour in (("with memory", report, _MEMORY_COLOUR), ("stateless", baseline, _RESET_COLOUR)):

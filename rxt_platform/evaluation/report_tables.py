@@ -16,9 +16,8 @@ COSINE_KIND = "memory_pretraining"
 LOSS_NOTE = "Loss is in nats per token; that of memory pre-training is a negative cosine, -1 at best."
 
 _DASH = "–"
-_SPREAD = "95 %"
 _TOKEN_COLUMNS = ("loss", "95 % interval", "perplexity", "accuracy", "95 % interval", "tokens")
-MASKED_NOTE = "The MLM head is the last joint stage's; memory-aware training moves the encoder away from it."
+_WHOLE = 16  # rows of a long table before some are left out
 
 Result = Mapping[str, Any]
 
@@ -52,6 +51,9 @@ def recall_title(result: Result) -> str:
     return "Follow-ups answered word for word (no row says what they ask for)"
 
 
+UNKNOWN_NOTE = f"{_DASH}: not measured, or too few conversations to say how far a number may be off."
+
+
 def scope(result: Result) -> str:
     """How much was measured, and what was lost of it."""
     cut, asked = result["cut"], result["questions"]
@@ -82,7 +84,8 @@ def recall_tables(result: Result) -> list[Table]:
     if result["free_running"] is not None:
         ways = [(name, one["recall_overall"]) for name, one in _ways(result)]
         if len(result["recall_by_teller"]) > 1:  # what a reference answer told, a model's own may not have
-            ways += [(f"told by user, {name}", one["recall_by_teller"]["user"]) for name, one in _ways(result)]
+            for teller in ("user", "model"):
+                ways += [(f"{name}, {teller} told", one["recall_by_teller"][teller]) for name, one in _ways(result)]
         tables.append(_shares(result, "answers remembered", ways))
     return tables
 
@@ -114,11 +117,9 @@ def answer_table(result: Result) -> Table:
     return Table(["tokens of answers", *_TOKEN_COLUMNS], [_tokens(label, result[key]) for label, key in named])
 
 
-def masked_tables(result: Result) -> list[Table]:
-    """Hidden tokens of whole interactions, as encoder and MLM head guess them; none of a stateless model."""
-    if result["masked"] is None:
-        return []
-    return [Table(["hidden tokens", *_TOKEN_COLUMNS], [_tokens("encoder, MLM head", result["masked"])])]
+def masked_table(result: Result) -> Table:
+    """Hidden tokens of whole interactions, as encoder and MLM head guess them."""
+    return Table(["hidden tokens", *_TOKEN_COLUMNS], [_tokens("encoder, MLM head", result["masked"])])
 
 
 def _tokens(label: str, entry: Result) -> list[str]:
@@ -136,7 +137,7 @@ def _tokens(label: str, entry: Result) -> list[str]:
 def turn_table(result: Result) -> Table:
     """Answer tokens by turn."""
     rows = []
-    for row in result["by_turn"]:
+    for row in thinned(result["by_turn"]):
         cells = [str(row["turn"])]
         for name, shown in (("loss", number), ("perplexity", number), ("accuracy", percent)):
             cells += [shown(row[arm][name]) for arm in ("with_memory", "memory_reset")]
@@ -155,14 +156,12 @@ def reward_table(result: Result) -> Table:
         cells += [number(reward[name]) for name in ("min", "max")]
         cells += [number(value) for value in reward["components"].values()]
         rows.append([label, *cells, f"{reward['conversations']:,}"])
-    header = ["answers remembered", "reward", _SPREAD, "min", "max", "BLEU", "cosine", "length", "conversations"]
+    header = ["answers remembered", "reward", "95 % interval", "min", "max", "BLEU", "cosine", "length", "talks"]
     return Table(header, rows)
 
 
 def memory_tables(result: Result) -> list[Table]:
-    """The memory from write to write, and how open its gates were; none of a stateless model."""
-    if result["memory"] is None:
-        return []
+    """The memory from write to write, and how open its gates were."""
     rows = [
         [
             str(row["write"]) if row["write"] else "before",
@@ -172,7 +171,7 @@ def memory_tables(result: Result) -> list[Table]:
             number(row["slot_similarity"]),
             f"{row['conversations']:,}",
         ]
-        for row in result["memory"]["by_write"]
+        for row in thinned(result["memory"]["by_write"])
     ]
     header = ["write", "norm (RMS)", "changed by", "effective rank", "slots' |cosine|", "conversations"]
     gates = [
@@ -192,7 +191,7 @@ def latency_table(result: Result) -> Table:
             f"{row['write_ms']:.1f} ms",
             f"{row['conversations']:,}",
         ]
-        for row in result["latency"]
+        for row in thinned(result["latency"])
     ]
     return Table(["turn", "first token", "tokens per second", "memory write", "conversations"], rows)
 
@@ -205,6 +204,13 @@ def by_distance(result: Result) -> list[tuple[str, Result]]:
 def _next(distance: str) -> str:
     """The turn (from 1) of a follow-up that is so far from the first: "17+" becomes "18+"."""
     return str(int(distance.rstrip("+")) + 1) + "+" * distance.endswith("+")
+
+
+def thinned(rows: Sequence[Result]) -> Sequence[Result]:
+    """The first 16 rows of a table by turn, of the others every k-th, and the last: at most 33."""
+    later = rows[_WHOLE:]
+    step = -(-len(later) // _WHOLE) or 1
+    return [*rows[:_WHOLE], *later[step - 1 : -1 : step], *later[-1:]]
 
 
 def turns(distance: str) -> str:

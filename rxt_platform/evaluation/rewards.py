@@ -43,10 +43,9 @@ def reward_entry(
     scores = [row[0] for row in rows]
     mean, *components = np.mean(rows, axis=0).tolist()
     totals = bootstrap.totals(((number, (score, 1)) for number, score in zip(numbers, scores, strict=True)), 2)
-    (interval,) = bootstrap.intervals(totals[:, :1], totals[:, 1])
     return {
         "mean": mean,
-        "interval": interval,
+        "interval": bootstrap.interval(totals[:, 0], totals[:, 1]),
         "min": min(scores),
         "max": max(scores),
         "components": dict(zip(_COMPONENTS, components, strict=True)),

@@ -1,7 +1,6 @@
 """The figures that are made of outcomes: answer tokens and recall, each with its interval, and samples. No torch.
 
-Everything is a ratio of sums over conversations, so that one bootstrap serves all. A number for which there was nothing
-to measure is None.
+Everything is a ratio of sums over conversations. A number for which there was nothing to measure is None.
 """
 
 import math
@@ -9,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from rxt_platform.evaluation.intervals import Bootstrap, Interval
+from rxt_platform.evaluation.intervals import Bootstrap, gain_interval, share_interval
 from rxt_platform.evaluation.outcomes import Question, TokenSums, TurnOutcome
 
 _FARTHEST = 16  # questions from farther away are one group
@@ -27,7 +26,8 @@ def token_entry(sums: Iterable[tuple[int, TokenSums]], bootstrap: Bootstrap) -> 
     names = ("loss", "perplexity", "accuracy")
     if not count:
         return {**dict.fromkeys(names), "count": 0, "intervals": dict.fromkeys(names)}
-    of_loss, of_accuracy = bootstrap.intervals(totals[:, :2], totals[:, 2])
+    of_loss = bootstrap.interval(totals[:, 0], totals[:, 2])
+    of_accuracy = share_interval(totals[:, 1], totals[:, 2])
     of_perplexity = of_loss and [_perplexity(bound) for bound in of_loss]
     values = (loss / count, _perplexity(loss / count), correct / count)
     intervals = (of_loss, of_perplexity, of_accuracy)
@@ -99,11 +99,12 @@ def recall_entry(asked: Sequence[Asked], bootstrap: Bootstrap, own: bool = False
 
     def row(item: Question) -> tuple[float, ...]:
         remembered = bool(item.own if own else item.right)
-        return remembered, item.reset, remembered - item.reset, 1
+        return remembered, item.reset, 1
 
-    totals = bootstrap.totals(((number, row(item)) for number, item in asked), 4)
-    shares = (totals[:, :3].sum(axis=0) / len(asked)).tolist()
-    intervals: list[Interval] = bootstrap.intervals(totals[:, :3], totals[:, 3])
+    totals = bootstrap.totals(((number, row(item)) for number, item in asked), 3)
+    right, reset, counts = totals.T
+    shares = [float(hits.sum()) / len(asked) for hits in (right, reset, right - reset)]
+    intervals = (share_interval(right, counts), share_interval(reset, counts), gain_interval(right, reset, counts))
     return {
         **dict(zip(names, shares, strict=True)),
         "count": len(asked),

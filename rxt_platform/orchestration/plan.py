@@ -20,7 +20,7 @@ from rxt_platform.config.stages import StageConfig
 from rxt_platform.data.sources import source_identity
 from rxt_platform.errors import ArtifactError, ConfigError
 from rxt_platform.model.baseline import matched_baseline
-from rxt_platform.model.files import WEIGHTS, find_model
+from rxt_platform.model.files import REACTIVE, TOKENIZER, WEIGHTS, find_model, read_config
 from rxt_platform.storage.directory import (
     Manifest,
     content_hash,
@@ -119,7 +119,7 @@ def build_plan(config: RunConfig) -> list[Step]:
     too_long = config.data.validation.too_long
     spec = {**config.evaluation.model_dump(mode="json"), "seed": config.seed, "too_long": too_long}
     if config.evaluation.reward_model is not None:
-        spec["reward_model"] = _weights_hash("evaluation.reward_model", config.evaluation.reward_model)
+        spec["reward_model"] = _reward_model_hash(config.evaluation.reward_model)
     evaluation = Step("evaluation", "evaluation", spec, inputs, storage)
     return [corpus, tokenizer, tokens, *trained, *baseline, evaluation]
 
@@ -275,12 +275,15 @@ def _starting_model(config: RunConfig) -> tuple[Path, Manifest] | None:
     return path, manifest
 
 
-def _weights_hash(key: str, path: str) -> str:
-    """What identifies a model given by its path; errors name the `key` that holds it."""
+def _reward_model_hash(path: str) -> str:
+    """What identifies the model whose embedding the reward uses: its weights and its tokenizer."""
     try:
-        return file_hash(find_model(path) / WEIGHTS)
+        directory = find_model(path)
+        read_config(directory, REACTIVE)
+        found = "".join(file_hash(directory / name) for name in (WEIGHTS, TOKENIZER))
     except (ArtifactError, OSError) as error:
-        raise ArtifactError(f"{key}: {error}") from None
+        raise ArtifactError(f"evaluation.reward_model: {error}") from None
+    return hashlib.sha256(found.encode()).hexdigest()
 
 
 @cache

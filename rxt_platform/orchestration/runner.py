@@ -148,7 +148,11 @@ def _make_step(run: _Run, step: Step, plan: list[Step]) -> None:
 
 
 def _evaluate(run: _Run, step: Step, plan: list[Step]) -> str:
-    ray_jobs.call(evaluate_run, run.config, plan, step, cpus=run.config.resources.cpus_per_worker)
+    config, path = run.config, run.config.evaluation.reward_model
+    if path is not None:  # a task may have another working directory
+        settings = config.evaluation.model_copy(update={"reward_model": str(Path(path).resolve())})
+        config = config.model_copy(update={"evaluation": settings})
+    ray_jobs.call(evaluate_run, config, plan, step, cpus=config.resources.cpus_per_worker)
     return "made"
 
 

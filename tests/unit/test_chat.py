@@ -143,6 +143,12 @@ def test_every_answer_draws_from_a_seed_of_its_own_and_after_a_reset_from_the_fi
     assert seeds == [derive_seed(7, 0), derive_seed(7, 1), derive_seed(7, 0)]
 
 
+def test_a_command_that_is_none_is_named_and_not_answered(talk: Chat) -> None:
+    code, lines = talk("/rest", "/tool")
+    assert code == 0
+    assert lines[0] == "[no such command: /rest; /tool TEXT, /reset, /quit]"
+
+
 def test_a_message_too_long_can_be_cut(talk: Chat) -> None:
     long = "Tom has a red hat. " * 9
     for message in (long, f"/tool {long}"):

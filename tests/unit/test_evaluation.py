@@ -16,19 +16,33 @@ from rxt_platform.config.rewards import RewardConfig
 from rxt_platform.config.run import EvaluationConfig
 from rxt_platform.data.rows import Conversation, Interaction, Recall, row_to_json
 from rxt_platform.data.story_world import TASKS, StoryWorld
+from rxt_platform.evaluation.conversations import hold_conversations
 from rxt_platform.evaluation.evaluate import evaluate
+from rxt_platform.evaluation.intervals import Bootstrap
 from rxt_platform.evaluation.report import render_evaluation, to_json, write_evaluation_page
+from rxt_platform.evaluation.summary import recall_tables
 from rxt_platform.model.baseline import StatelessTransformer, matched_baseline
 from rxt_platform.model.files import STATELESS, save_model
 from rxt_platform.model.transformer import ReactiveTransformer
-from tests.unit.evaluations import ALONE, HAT, KITE, WINDOW
+from tests.unit.evaluations import ALONE, HAT, KITE, WINDOW, Listener, needs_references, talks_of
 from tests.unit.helpers import tiny_config, tiny_model, word_tokenizer
 
 CONFIG = tiny_config(vocab_size=word_tokenizer().vocab_size, max_length=WINDOW)
 SETTINGS = EvaluationConfig(latency_conversations=0, samples=2)
 STORIES = (*StoryWorld(0).conversations("validation", 4, 5, TASKS), replace(KITE, system="Lily plays."), ALONE, HAT)
 EVALUATION = [
-    *("responder", "seed", "conversations", "turns", "cut", "questions", "answer_tokens", "memory_reset", "by_turn"),
+    *(
+        "responder",
+        "settings",
+        "seed",
+        "conversations",
+        "turns",
+        "cut",
+        "questions",
+        "answer_tokens",
+        "memory_reset",
+        "by_turn",
+    ),
     *("recall", "recall_by_task", "recall_long_range", "recall_by_teller", "recall_overall", "reward"),
     *("free_running", "memory", "masked", "latency", "samples"),
 ]
@@ -85,7 +99,9 @@ def test_two_evaluations_are_the_same_and_the_batch_size_does_not_matter(model: 
     assert to_json(measured(model(), STORIES, seed=5)) == to_json(first)
     for batch_size in (1, 3):
         assert_close(measured(model(), STORIES, seed=5, batch_size=batch_size), first)
-    assert to_json(measured(model(), STORIES, seed=6)) != to_json(first)
+    other = measured(model(), STORIES, seed=6)
+    for name in ("answer_tokens", "memory", "masked", "free_running") if model is reactive else ("answer_tokens",):
+        assert (other[name] != first[name]) == (model is reactive), f"{name}: only memories are drawn at random"
 
 
 @pytest.mark.parametrize("model", [reactive, stateless])
@@ -136,6 +152,19 @@ def test_the_first_turn_has_nothing_to_remember_so_a_reset_changes_nothing() -> 
     assert second["with_memory"] != second["memory_reset"]
     with_prompt = measured(reactive(), STORIES[4:5])["by_turn"][0]
     assert with_prompt["with_memory"] == with_prompt["memory_reset"], "a system prompt is not forgotten"
+
+
+def test_free_running_is_of_the_answers_over_own_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By one who remembers references and nothing else."""
+    talks, teller = talks_of(*[KITE, HAT] * 6), Listener(needs_references(KITE, HAT))
+    outcomes = hold_conversations(teller, word_tokenizer(), talks, 0)
+    monkeypatch.setattr("rxt_platform.evaluation.evaluate.hold_conversations", lambda *_: outcomes)
+    result = measured(reactive(), [KITE, HAT] * 6)
+    assert result["recall_overall"]["with_memory"] == 1.0
+    own = recall_tables(outcomes, Bootstrap(12, 0), own=True)
+    assert own["recall_overall"]["with_memory"] == 0.0
+    assert result["free_running"] | {"reward": None} == own | {"reward": None}
+    assert result["free_running"]["reward"]["mean"] < result["reward"]["mean"]
 
 
 def test_a_stateless_model_without_history_gains_nothing() -> None:
@@ -194,11 +223,14 @@ def test_eval_prints_json_and_writes_a_page(
     printed = json.loads(ran(capsys, *arguments, "--json", "--report", files["page.html"]))
     model = reactive() if name == "reactive" else stateless()
     expected = measured(model, STORIES, EvaluationConfig(), seed=5)
-    assert printed | {"latency": []} == expected | {"latency": []}
+    named = {"model": files[name], "data": files["talks.jsonl"]}
+    assert printed | {"latency": []} == named | expected | {"latency": []}
     page = Path(files["page.html"]).read_text()
     assert f"{name} on talks.jsonl" in page
     assert page.count("data:image/png;base64,") == (5 if name == "reactive" else 4)
-    assert "gain" in ran(capsys, *arguments, "--limit", "2")
+    text = ran(capsys, *arguments, "--limit", "2")
+    assert text.startswith(f"{name} on talks.jsonl, seed 5\n2 conversations, ")
+    assert "gain" in text
 
 
 def test_eval_takes_history_free_running_limit_and_reward_model(

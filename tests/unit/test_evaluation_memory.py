@@ -1,7 +1,9 @@
 """Promises of what is measured of the model itself: memory health, guesses of hidden tokens, latency."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +21,7 @@ from rxt_platform.evaluation.memory_health import effective_rank, memory_health,
 from rxt_platform.evaluation.responders import ReactiveResponder, StatelessResponder
 from rxt_platform.model.baseline import StatelessTransformer, matched_baseline
 from rxt_platform.model.transformer import ReactiveTransformer
-from tests.unit.evaluations import ALONE, HAT, KITE, WINDOW, talks_of
+from tests.unit.evaluations import ALONE, HAT, KITE, WINDOW, Listener, talks_of
 from tests.unit.helpers import tiny_config, tiny_model, word_tokenizer
 
 TALKS = talks_of(HAT, KITE, ALONE, replace(HAT, system="Lily plays."))
@@ -143,6 +145,41 @@ def test_latency_has_a_row_for_each_turn_of_the_longest_conversations() -> None:
     assert [(row["turn"], row["conversations"]) for row in rows] == [(1, 2), (2, 2), (3, 1), (4, 1)]
     assert all(row[name] > 0 for row in rows for name in ("prompt_ms", "tokens_per_second", "write_ms"))
     assert latency_by_turn(ReactiveResponder(model()), TALKS, 0, 0) == []
+
+
+class Clockwork(Listener):
+    """Takes 0.5 s to the first token and 1 s more for each interaction that it remembers, 0.1 s to each other token,
+    0.25 s to remember; 100 s more for its very first token."""
+
+    model = SimpleNamespace(embedding=SimpleNamespace(weight=torch.zeros(1)))
+
+    def __init__(self) -> None:
+        super().__init__(lambda prompt, told: "")
+        self.now = 100.0
+        self.cold = 100.0
+
+    def stream(self, prompts: Any, state: Any, limits: Any, options: Any = None) -> Iterator[list[int | None]]:
+        assert (limits, options.stop) == ([16], ())
+        self.now += self.cold + 0.5 + len(state[0])
+        self.cold = 0.0
+        yield [20]
+        for _ in range(15):
+            self.now += 0.1
+            yield [20]
+
+    def remember(self, state: Any, interactions: Any) -> Any:
+        self.now += 0.25
+        return super().remember(state, interactions)
+
+
+def test_times_are_medians_of_what_a_user_would_wait_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    clockwork = Clockwork()
+    monkeypatch.setattr("time.perf_counter", lambda: clockwork.now)
+    rows = latency_by_turn(clockwork, [*TALKS[:2], TALKS[3]], 0, 3)  # the last has one more in memory
+    assert [row["prompt_ms"] for row in rows] == pytest.approx([500, 1500, 2500, 3500])
+    assert [row["tokens_per_second"] for row in rows] == pytest.approx([10.0] * 4)
+    assert [row["write_ms"] for row in rows] == pytest.approx([250.0] * 4)
+    assert [row["conversations"] for row in rows] == [3, 3, 1, 1]
 
 
 def test_a_stateless_model_is_timed_the_same_way() -> None:

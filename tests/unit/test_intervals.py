@@ -1,62 +1,110 @@
 """Promises of the confidence intervals."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 
-from rxt_platform.evaluation.intervals import Bootstrap
+from rxt_platform.evaluation.intervals import Bootstrap, Interval, gain_interval, share_interval
+
+Method = Callable[[np.ndarray, np.ndarray], Interval]
 
 
 def of(values: np.ndarray, counts: np.ndarray | None = None, seed: int = 0) -> list[float] | None:
     counts = np.ones(len(values)) if counts is None else counts
-    (interval,) = Bootstrap(len(values), seed).intervals(values[:, None].astype(float), counts.astype(float))
-    return interval
+    return Bootstrap(len(values), seed).interval(values.astype(float), counts.astype(float))
 
 
-def test_the_interval_of_a_constant_is_that_constant() -> None:
-    assert of(np.full(7, 0.25)) == pytest.approx([0.25, 0.25], abs=1e-12)
-    assert of(np.array([3.0, 6.0, 9.0]), np.array([1, 2, 3])) == pytest.approx([3.0, 3.0], abs=1e-12)
+def share(values: np.ndarray, counts: np.ndarray | None = None) -> list[float] | None:
+    counts = np.ones(len(values)) if counts is None else counts
+    return share_interval(values.astype(float), counts.astype(float))
 
 
-def test_the_interval_holds_the_true_share_about_19_times_of_20() -> None:
+def width(interval: list[float] | None) -> float:
+    assert interval is not None
+    return interval[1] - interval[0]
+
+
+def test_the_interval_of_a_constant_mean_is_that_constant() -> None:
+    assert of(np.full(12, 0.25)) == pytest.approx([0.25, 0.25], abs=1e-12)
+    assert of(np.array([3.0, 6.0, 9.0] * 4), np.array([1, 2, 3] * 4)) == pytest.approx([3.0, 3.0], abs=1e-12)
+
+
+@pytest.mark.parametrize("true", [0.02, 0.4, 0.96])
+@pytest.mark.parametrize("conversations", [12, 60])
+def test_the_interval_of_a_share_holds_the_true_one_about_19_times_of_20(true: float, conversations: int) -> None:
+    """One to four questions a conversation, which agree more than independent ones would."""
     generator = np.random.default_rng(5)
-    trials, hits = 400, 0
-    for trial in range(trials):
-        low, high = of(generator.random(60) < 0.4, seed=trial) or (1.0, 0.0)
-        hits += low <= 0.4 <= high
-    assert 0.90 <= hits / trials <= 0.98
+    trials, hits = 500, 0
+    for _ in range(trials):
+        asked = generator.integers(1, 5, conversations)
+        right = generator.binomial(asked, generator.beta(4 * true, 4 * (1 - true), conversations))
+        low, high = share(right, asked) or (1.0, 0.0)
+        hits += low <= true <= high
+    assert 0.92 <= hits / trials <= 0.985
 
 
-def test_the_interval_is_as_wide_as_the_normal_approximation_says() -> None:
-    right = np.arange(400) % 4 == 0
-    low, high = of(right) or (0.0, 0.0)
+@pytest.mark.parametrize(("true", "reset"), [(0.96, 0.05), (0.5, 0.5)])
+def test_the_interval_of_a_gain_holds_the_true_one_about_19_times_of_20(true: float, reset: float) -> None:
+    generator = np.random.default_rng(6)
+    trials, hits = 500, 0
+    for _ in range(trials):
+        asked = generator.integers(1, 5, 40)
+        right, other = generator.binomial(asked, true), generator.binomial(asked, reset)
+        low, high = gain_interval(right.astype(float), other.astype(float), asked.astype(float)) or (1.0, 0.0)
+        hits += low <= true - reset <= high
+    assert 0.92 <= hits / trials <= 0.985
+
+
+@pytest.mark.parametrize(("value", "conversations"), [(1.0, 12), (0.0, 12), (1.0, 200)])
+def test_what_was_always_right_may_still_be_wrong(value: float, conversations: int) -> None:
+    """Of n trials without a miss, Wilson's bound is z^2 / (n + z^2)."""
+    interval = share(np.full(conversations, value))
+    bound = 3.8415 / (conversations + 3.8415)
+    assert interval == pytest.approx([1 - bound, 1.0] if value else [0.0, bound], abs=1e-4)
+    ones, zeros = np.ones(conversations), np.zeros(conversations)
+    low, high = gain_interval(ones, zeros, ones) or (1.0, 0.0)
+    assert low < 1.0 == high
+
+
+def test_a_gain_of_the_same_answers_is_zero_without_doubt() -> None:
+    right = (np.arange(40) % 2).astype(float)
+    assert gain_interval(right, right, np.ones(40)) == pytest.approx([0.0, 0.0], abs=1e-6)
+    assert width(gain_interval(right, 1 - right, np.ones(40))) > 1.5 * width(share(right))
+
+
+@pytest.mark.parametrize("method", [of, share])
+def test_the_interval_is_as_wide_as_the_normal_approximation_says(method: Method) -> None:
+    low, high = method(np.arange(400) % 4 == 0, np.ones(400)) or (0.0, 0.0)
     assert high - low == pytest.approx(2 * 1.96 * (0.25 * 0.75 / 400) ** 0.5, rel=0.1)
     assert (low + high) / 2 == pytest.approx(0.25, abs=0.01)
 
 
-def test_questions_of_one_conversation_count_as_one_opinion() -> None:
+@pytest.mark.parametrize("method", [of, share])
+def test_questions_of_one_conversation_count_as_one_opinion(method: Method) -> None:
     """Ten questions that are all right or all wrong tell no more than one; ten independent ones do."""
     right = np.arange(40) % 2
-    one, ten = of(right), of(10 * right, np.full(40, 10))
+    one, ten = method(right, np.ones(40)), method(10 * right, np.full(40, 10))
     assert one == pytest.approx(ten)
-    low, high = of(np.arange(400) % 2) or (0.0, 0.0)
-    assert one is not None
-    assert high - low < 0.5 * (one[1] - one[0])
+    assert width(method(np.arange(400) % 2, np.ones(400))) < 0.5 * width(one)
 
 
-def test_conversations_weigh_what_they_hold() -> None:
-    low, high = of(np.array([1.0] * 20 + [0.0] * 20), np.array([9] * 20 + [1] * 20)) or (0.0, 0.0)
+@pytest.mark.parametrize("method", [of, share])
+def test_conversations_weigh_what_they_hold(method: Method) -> None:
+    low, high = method(np.array([1.0] * 20 + [0.0] * 20), np.array([9] * 20 + [1] * 20)) or (0.0, 0.0)
     assert low < 20 / 200 < high
     assert high < 0.2
 
 
-@pytest.mark.parametrize("counts", [[5, 0, 0, 0], [0, 0, 0, 0]])
-def test_one_conversation_says_nothing_of_the_spread(counts: list[int]) -> None:
-    assert of(np.array(counts), np.array(counts)) is None
-
-
-def test_a_rare_question_has_an_interval_of_the_resamples_that_hold_it() -> None:
-    counts = np.array([1, 1, *[0] * 98])
-    assert of(np.array([1, 0, *[0] * 98]), counts) == [0.0, 1.0]
+def test_few_conversations_say_nothing_of_the_spread() -> None:
+    for asked in (0, 1, 9):
+        counts = np.array([1] * asked + [0] * (40 - asked))
+        assert of(counts // 2, counts) is None
+        assert share(counts // 2, counts) is None
+        assert gain_interval(counts.astype(float), 0.0 * counts, counts.astype(float)) is None
+    counts = np.array([1] * 10 + [0] * 30)
+    assert of(counts, counts) is not None
+    assert share(counts, counts) is not None
 
 
 def test_the_seed_decides() -> None:

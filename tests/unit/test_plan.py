@@ -14,21 +14,29 @@ def fingerprints(*overrides: str, storage: Path) -> dict[str, str]:
 
 
 def test_the_reward_s_model_is_identified_by_its_weights_not_by_its_place(tmp_path: Path) -> None:
-    contents = {"one": b"weights", "same": b"weights", "other": b"others"}
-    for name, content in contents.items():
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "model.safetensors").write_bytes(content)
+    contents = {"one": ("weights", "words"), "same": ("weights", "words")}
+    contents |= {"other": ("others", "words"), "spells otherwise": ("weights", "letters")}
+    for name, (weights, tokenizer) in contents.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "model.safetensors").write_text(weights)
+        (folder / "tokenizer.json").write_text(tokenizer)
+        (folder / "config.json").write_text('{"architectures": ["RxTAlpha"]}')
     found = {
         name: fingerprints(f"evaluation.reward_model={tmp_path / name}", storage=tmp_path)["evaluation"]
         for name in contents
     }
-    assert found["one"] == found["same"] != found["other"]
+    assert found["one"] == found["same"]
+    assert len({*found.values()}) == 3
     assert found["one"] != fingerprints(storage=tmp_path)["evaluation"]
     with pytest.raises(ArtifactError, match=r"evaluation.reward_model: .*no such model directory"):
         fingerprints(f"evaluation.reward_model={tmp_path / 'none'}", storage=tmp_path)
-    (tmp_path / "empty").mkdir()
+    (tmp_path / "one/model.safetensors").unlink()
     with pytest.raises(ArtifactError, match=r"evaluation.reward_model: .*model.safetensors"):
-        fingerprints(f"evaluation.reward_model={tmp_path / 'empty'}", storage=tmp_path)
+        fingerprints(f"evaluation.reward_model={tmp_path / 'one'}", storage=tmp_path)
+    (tmp_path / "other/config.json").write_text('{"architectures": ["StatelessTransformer"]}')
+    with pytest.raises(ArtifactError, match=r"evaluation.reward_model: .*StatelessTransformer.*not RxTAlpha"):
+        fingerprints(f"evaluation.reward_model={tmp_path / 'other'}", storage=tmp_path)
 
 
 def test_a_baseline_adds_its_steps_and_changes_none_but_the_evaluation(tmp_path: Path) -> None:

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
+from rxt_platform.data.recall import matches
 from rxt_platform.data.rows import Conversation, Interaction
 from rxt_platform.data.story_world import TASKS, StoryWorld
 from rxt_platform.data.tokenizer import ANSWER, CALL, EOS, THINK, answer_ids, assemble, interaction_texts
 from rxt_platform.evaluation.conversations import hold_conversations
-from rxt_platform.evaluation.recall import matches
 from rxt_platform.evaluation.responders import Turns
 from tests.unit.evaluations import WINDOW, Listener, talks_of
 from tests.unit.helpers import word_tokenizer
@@ -31,12 +31,21 @@ REFERENCE = "Tom has a kite and he lives near the river."
         ("Kate lives near the river.", ("Mia", "river"), False),
         ("tom has a kite, and he lives near the river", None, True),
         ("Tom has a kite.", None, False),
+        ("", ("!!!",), False),  # what has no words must be there as it is
+        ("A hat 🎩!", ("🎩",), True),
+        ("A hat!", ("🎩",), False),
     ],
 )
 def test_an_answer_is_right_if_it_holds_every_asked_fact(
     answer: str, spans: tuple[str, ...] | None, right: bool
 ) -> None:
     assert matches(answer, REFERENCE, spans) == right
+
+
+def test_an_answer_without_words_is_compared_as_it_is() -> None:
+    assert matches(" 👍 ", "👍", None)
+    assert not matches("", "👍", None)
+    assert not matches("👎", "👍", None)
 
 
 def test_the_reference_answer_is_right_for_every_task() -> None:

@@ -16,7 +16,8 @@ from matplotlib.image import imread
 from rxt_platform.errors import ArtifactError
 from rxt_platform.evaluation.report import render_evaluation, render_table, write_report
 from rxt_platform.evaluation.report_page import render_html
-from rxt_platform.evaluation.report_pictures import draw_comparison, draw_evaluation, draw_losses, draw_recall
+from rxt_platform.evaluation.report_pictures import draw_comparison, draw_evaluation, draw_losses
+from rxt_platform.evaluation.report_tables import thinned
 
 NOTHING = dict.fromkeys(("with_memory", "reset", "gain"))
 UNASKED = {**NOTHING, "count": 0, "intervals": NOTHING}
@@ -50,6 +51,7 @@ def rewarded(*scores: float) -> dict[str, Any]:
 
 KITES = {
     "responder": {"kind": "reactive", "history": None, "window": 128, "interaction_window": 100},
+    "settings": {"reward": {"scale": 10.0}},
     "conversations": 2,
     "turns": 4,
     "cut": {"answers": 3, "queries": 0, "conversations": 2, "left_out": 1},
@@ -276,10 +278,12 @@ def test_recall_is_shown_by_range_and_by_who_told_where_both_occur() -> None:
     own = {**KITES["free_running"], "recall_by_teller": {"user": recalled(0.6, 0.1, 7), "model": recalled(0.7, 0.1, 8)}}
     for lines in _shown({**REPORT, **both, "free_running": own}):
         assert "only unrelated 20.0 % 10.0 % +10.0 pt +5.0 to +15.0 pt 5" in lines
-        assert "told by user, references 40.0 % 10.0 % +30.0 pt +25.0 to +35.0 pt 7" in lines
-        assert "told by user, its own 60.0 % 10.0 % +50.0 pt +45.0 to +55.0 pt 7" in lines
+        assert "references, user told 40.0 % 10.0 % +30.0 pt +25.0 to +35.0 pt 7" in lines
+        assert "its own, user told 60.0 % 10.0 % +50.0 pt +45.0 to +55.0 pt 7" in lines
+        assert "references, model told 50.0 % 10.0 % +40.0 pt +35.0 to +45.0 pt 8" in lines
+        assert "its own, model told 70.0 % 10.0 % +60.0 pt +55.0 to +65.0 pt 8" in lines
     for lines in _shown(REPORT):
-        assert not any(line.startswith(("only unrelated", "told by")) for line in lines)
+        assert not any(line.startswith(("only unrelated", "references, user", "its own, user")) for line in lines)
 
 
 def test_a_stateless_baseline_is_shown_beside_the_model() -> None:
@@ -306,7 +310,7 @@ def test_a_stateless_baseline_is_shown_beside_the_model() -> None:
         assert "with memory 1.667 1.500 to 1.834 81.2 % 80.0 % 75.0 to 85.0 % 4.500" in lines
         assert "stateless, with history 2.117 1.905 to 2.329 70.0 % 80.0 % 75.0 to 85.0 % 4.500" in lines
         assert "stateless, no history 4.531 4.078 to 4.984 40.4 % 22.5 % 17.5 to 27.5 % –" in lines
-        assert "1 12.3 ms 49.4 ms 1,234 1,234" in lines
+        assert "1 12.3 ms 5.7 ms 49.4 ms 1,234 1,234" in lines
         assert any(line == "2 turns 90.0 % 85.0 to 95.0 % 60.0 % 55.0 to 65.0 % 10.0 % 30" for line in lines)
     assert max(map(len, render_table(compared).splitlines())) <= 100
     assert draw_comparison(compared).startswith(b"\x89PNG")
@@ -331,25 +335,36 @@ def test_loss_picture_is_drawn_whatever_was_recorded(histories: dict[str, list[d
     assert imread(io.BytesIO(draw_losses(histories)), format="png").std() > 0.01  # something is drawn
 
 
-def test_every_picture_shows_what_was_measured() -> None:
+def test_every_measure_has_a_picture() -> None:
     drawn = draw_evaluation(KITES)
     assert set(drawn) == set(PICTURES) - {"losses", "comparison"}
     for picture in drawn.values():
         assert imread(io.BytesIO(picture), format="png").std() > 0.01  # something is drawn
-    other = copy.deepcopy(KITES)
-    other["free_running"]["recall"]["2"]["with_memory"] = 0.5
-    other["by_turn"][0]["memory_reset"]["perplexity"] = 500.0
-    other["memory"]["by_write"][1]["norm"] = 3.0
-    other["latency"][0]["write_ms"] = 50.0
-    other["reward"]["scores"] = [1.0, 9.0]
-    assert all(picture != drawn[name] for name, picture in draw_evaluation(other).items())
+    assert set(draw_evaluation({**KITES, "memory": None, "latency": []})) == {"recall", "turns", "rewards"}
 
 
-def test_intervals_are_drawn() -> None:
-    other = copy.deepcopy(KITES)
-    low, high = other["recall"]["2"]["intervals"]["with_memory"]
-    other["recall"]["2"]["intervals"]["with_memory"] = [low - 0.5, high]
-    assert draw_recall(other) != draw_recall(KITES)
+def _tiles(page: str) -> dict[str, str]:
+    return dict(re.findall(r'<div class="(\w+)"><b>([^<]*)</b>', page))
+
+
+def test_the_figures_to_look_at_first_are_on_top_of_the_page() -> None:
+    page = render_html(REPORT, PICTURES)
+    assert _tiles(page) == {"gain": "+57.5 pt", "memory": "80.0 %", "own": "62.5 %", "reset": "22.5 %"}
+    assert "Of 40 questions about facts told in an earlier turn" in page
+    plain = render_html(
+        {**REPORT, "free_running": None, "questions": {"kind": "follow-ups", "conversations": 2}}, PICTURES
+    )
+    assert set(_tiles(plain)) == {"gain", "memory", "reset"}
+    assert "Of 40 follow-ups, to be answered word for word" in plain
+
+
+@pytest.mark.parametrize(("rows", "last_whole"), [(3, 3), (16, 16), (17, 17), (32, 32), (33, 16), (400, 16)])
+def test_of_a_long_table_some_rows_are_left_out(rows: int, last_whole: int) -> None:
+    numbers = [row["turn"] for row in thinned([{"turn": turn} for turn in range(1, rows + 1)])]
+    assert numbers[:last_whole] == list(range(1, last_whole + 1))
+    assert numbers[-1] == rows
+    assert len(numbers) <= 33
+    assert numbers == sorted({*numbers})
 
 
 def test_report_without_questions_says_so_and_is_strict_json(tmp_path: Path) -> None:
@@ -362,7 +377,7 @@ def test_report_without_questions_says_so_and_is_strict_json(tmp_path: Path) -> 
     assert render_table(stored) == render_table(report)
     assert "nan" not in render_table(report)
     assert "recall was not measured" in (tmp_path / "report.html").read_text()
-    assert draw_recall(report) != draw_recall(REPORT)
+    assert draw_evaluation(report)["recall"] != draw_evaluation(REPORT)["recall"]
 
 
 def test_second_report_replaces_the_first_and_leaves_nothing_else(tmp_path: Path) -> None:
