@@ -35,6 +35,7 @@ class ForwardFlops:
     decoder_token: int
     mixture_token: int
     decoder_pair: int
+    cross_token: int
     cross_slot: int
     cross_pair: int
     write_token: int
@@ -67,6 +68,7 @@ class ForwardFlops:
             decoder_token=sum(map(_products, decoder)) - sum(map(_products, mixtures)) - sum(map(_context, cross)),
             mixture_token=sum(map(_products, mixtures)),
             decoder_pair=sum(_read(layer.self_attention) for layer in decoder),
+            cross_token=sum(_products(attention) - _context(attention) for attention in cross),
             cross_slot=sum(map(_context, cross)),
             cross_pair=sum(map(_read, cross)),
             write_token=sum(_context(layer.write_attention) for layer in written),
@@ -91,6 +93,11 @@ class ForwardFlops:
         """Decoding [rows, length] positions, of which `real` are tokens, over memories of `slots`; without the head."""
         pairs = length * length // 2 * self.decoder_pair + length * slots * self.cross_pair
         return rows * (length * self.decoder_token + pairs + slots * self.cross_slot) + real * self.mixture_token
+
+    def train_decoder_alone(self, rows: int, length: int, real: int, slots: int) -> int:
+        """Decoding and the backward of it, where the memory cross-attention and what it reads are not trained."""
+        left_out = length * (self.cross_token + slots * self.cross_pair)
+        return 3 * self.decode(rows, length, real, slots) - rows * (left_out + 2 * slots * self.cross_slot)
 
     def write(self, rows: int, length: int) -> int:
         """Writing encoder states [layers, rows, length] into memories."""

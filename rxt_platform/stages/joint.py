@@ -63,10 +63,13 @@ class JointStage:
         if trains != "decoder":
             total += model.train_encoder(rows, length) + 3 * model.masked_head(int(batch.hidden.sum()))
         if trains != "encoder":
-            slots = model.config.memory.slots
-            mixed = max(slots, length) if self.config.loss.decoder_only else length
-            read = mixed if trains == "both" else slots
-            total += 3 * (model.decode(rows, length, batch.tokens, read) + model.head(int(batch.targets.sum())))
+            total += 3 * model.head(int(batch.targets.sum()))
+        slots = model.config.memory.slots
+        if trains == "decoder":
+            total += model.train_decoder_alone(rows, length, batch.tokens, slots)
+        elif trains == "both":
+            read = max(slots, length) if self.config.loss.decoder_only else length
+            total += 3 * model.decode(rows, length, batch.tokens, read)
         return total
 
     def evaluate(self, model: ReactiveTransformer, batch: Batch, phase: Phase) -> LossReport:

@@ -80,6 +80,14 @@ def test_flops_of_joint_training_are_those_that_torch_counts(name: str, kind: st
     assert claimed(stage, config, batch, phase) == counted(stage, config, batch, phase)
 
 
+@every_model
+@pytest.mark.parametrize("half", ["encoder", "decoder"])
+def test_flops_of_separate_training_are_those_that_torch_counts(name: str, half: str) -> None:
+    stage = stage_of("joint_pretraining", TEXTS, trains=half)
+    batch, (phase,) = stage.sampler.global_batch(0), stage.phases()
+    assert claimed(stage, MODELS[name], batch, phase) == counted(stage, MODELS[name], batch, phase)
+
+
 def test_flops_of_packed_rows_are_those_that_torch_counts() -> None:
     """Positions of other documents are counted too: they are computed, and masked."""
     stage = stage_of("joint_pretraining", TEXTS, global_batch_size=2, packing=1)

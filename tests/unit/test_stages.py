@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from rxt_platform.data.batches import collate
 from rxt_platform.stages.build import mask_probability
 from tests.unit.helpers import FIRST_WORD, batch_of, tiny_model
 from tests.unit.stages import (
@@ -105,3 +106,23 @@ def test_a_stage_measures_what_its_configuration_says(kind: str, settings: dict[
     stage = stage_of(kind, ROWS[kind], **settings)
     report = stage.evaluate(tiny_model(), batch_of(ROWS[kind], 0.3), stage.phases()[-1])
     assert set(stage.config.metrics) == set(report.metrics) == set(stage.mean_over)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [*((kind, {}) for kind in KINDS), *(("joint_pretraining", {"trains": half}) for half in ("encoder", "decoder"))],
+)
+def test_a_held_out_metric_is_a_mean_over_what_it_counts(kind: str, settings: dict[str, Any]) -> None:
+    """Parts of a batch of their own, weighted by `mean_over` as the engine does, give the metrics of the whole."""
+    stage, model = stage_of(kind, ROWS[kind], **settings), tiny_model()
+    phase = stage.phases()[-1]
+    whole, seeds = batch_of(ROWS[kind], 0.3), batch_of(ROWS[kind]).seeds.tolist()
+    numbers = range(len(seeds))
+    parts = [collate(ROWS[kind][part], seeds[part], numbers[part], 0.3) for part in (slice(1), slice(1, None))]
+    with torch.no_grad():
+        reports = [stage.evaluate(model, part, phase).metrics for part in parts]
+        expected = stage.evaluate(model, whole, phase).metrics
+    for name, over in stage.mean_over.items():
+        counts = [float(getattr(part, over)) for part in parts]
+        mean = sum(float(one[name]) * count for one, count in zip(reports, counts, strict=True)) / sum(counts)
+        assert mean == pytest.approx(float(expected[name]), abs=1e-5), name

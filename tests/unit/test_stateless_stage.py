@@ -58,6 +58,15 @@ def test_the_loss_is_that_of_every_target_after_all_that_was_said_before(kind: s
     assert set(got) - {"total"} == set(stage.mean_over)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_experts_balance_costs_what_the_model_s_own_stage_says(kind: str) -> None:
+    settings: dict[str, Any] = {"balance_weight": 0.5}
+    stage = stateless(kind, **(settings if kind == "memory_aware" else {"loss": settings}))
+    got = metrics_of(stage.loss(baseline(), batch_of(ROWS[kind]), stage.phases()[0]))
+    assert got["balance"] > 0
+    assert got["total"] == pytest.approx(got["loss"] + 0.5 * got["balance"], abs=1e-6)
+
+
 def test_a_system_prompt_is_part_of_the_history() -> None:
     ids, mask, _ = whole_rows(batch_of(PROMPTED))
     for row, example in enumerate(PROMPTED):
