@@ -57,7 +57,7 @@ def evaluate(
     from rxt_platform.config.run import EvaluationConfig
     from rxt_platform.data.sources import read_conversations
     from rxt_platform.evaluation import evaluate as measuring
-    from rxt_platform.evaluation.report import render_evaluation, to_json, write_evaluation_page
+    from rxt_platform.evaluation.report.report import render_evaluation, to_json, write_evaluation_page
     from rxt_platform.model import files
     from rxt_platform.model.baseline import StatelessTransformer
     from rxt_platform.model.pretrained import find_or_download

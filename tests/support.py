@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rxt_platform.config.loading import load_run
 from rxt_platform.config.run import RunConfig
-from rxt_platform.evaluation.report import Report
+from rxt_platform.evaluation.report.report import Report
 from rxt_platform.orchestration.plan import PREPARED, build_plan
 from rxt_platform.orchestration.prepare import prepare
 from rxt_platform.orchestration.steps import stage_job

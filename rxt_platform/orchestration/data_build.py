@@ -15,7 +15,7 @@ from rxt_platform.data.batches import Batch
 from rxt_platform.data.sampler import BatchSampler
 from rxt_platform.data.shards import TokenShards
 from rxt_platform.errors import ArtifactError
-from rxt_platform.evaluation.data_tables import data_tables
+from rxt_platform.evaluation.report.data_tables import data_tables
 from rxt_platform.orchestration import ray_jobs
 from rxt_platform.orchestration.plan import Step, build_plan
 from rxt_platform.orchestration.prepare import prepare

@@ -288,7 +288,7 @@ def _reward_model_hash(path: str) -> str:
 
 @cache
 def _code(rooms: tuple[str, ...]) -> str:
-    """Hash of the source of some rooms."""
+    """Hash of the source of some rooms; not of the folders in them, which hold nothing that changes a result."""
     digest = hashlib.sha256()
     for room in rooms:
         folder = resources.files("rxt_platform") / room

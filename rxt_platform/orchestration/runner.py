@@ -15,7 +15,7 @@ from rxt_platform.config.run import BASELINE, RunConfig
 from rxt_platform.data.corpus import VALIDATION
 from rxt_platform.data.shards import read_summary
 from rxt_platform.errors import ArtifactError, StoppedError
-from rxt_platform.evaluation.report import REPORT_FILES, Report, render_table, write_report
+from rxt_platform.evaluation.report.report import REPORT_FILES, Report, render_table, write_report
 from rxt_platform.model.baseline import count_parameters, matched_baseline
 from rxt_platform.model.parameters import measure_size
 from rxt_platform.orchestration import ray_jobs

@@ -19,7 +19,7 @@ from rxt_platform.data.story_world import TASKS, StoryWorld
 from rxt_platform.evaluation.conversations import hold_conversations
 from rxt_platform.evaluation.evaluate import evaluate
 from rxt_platform.evaluation.intervals import Bootstrap
-from rxt_platform.evaluation.report import render_evaluation, to_json, write_evaluation_page
+from rxt_platform.evaluation.report.report import render_evaluation, to_json, write_evaluation_page
 from rxt_platform.evaluation.summary import recall_tables
 from rxt_platform.model.baseline import StatelessTransformer, matched_baseline
 from rxt_platform.model.files import STATELESS, save_model

@@ -14,10 +14,10 @@ import pytest
 from matplotlib.image import imread
 
 from rxt_platform.errors import ArtifactError
-from rxt_platform.evaluation.report import render_evaluation, render_table, write_report
-from rxt_platform.evaluation.report_page import render_html
-from rxt_platform.evaluation.report_pictures import draw_comparison, draw_evaluation, draw_losses
-from rxt_platform.evaluation.report_tables import thinned
+from rxt_platform.evaluation.report.pages import render_html
+from rxt_platform.evaluation.report.pictures import draw_comparison, draw_evaluation, draw_losses
+from rxt_platform.evaluation.report.report import render_evaluation, render_table, write_report
+from rxt_platform.evaluation.report.tables import thinned
 
 NOTHING = dict.fromkeys(("with_memory", "reset", "gain"))
 UNASKED = {**NOTHING, "count": 0, "intervals": NOTHING}

@@ -7,7 +7,7 @@ import pytest
 from matplotlib.container import BarContainer, ErrorbarContainer
 from matplotlib.figure import Figure
 
-from rxt_platform.evaluation import report_pictures
+from rxt_platform.evaluation.report import pictures
 from tests.unit.test_report import KITES, REPORT, recalled, rewarded
 
 OWN = "its own answers remembered"
@@ -16,7 +16,7 @@ OWN = "its own answers remembered"
 @pytest.fixture(autouse=True)
 def figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pictures stay figures, whose parts can be read."""
-    monkeypatch.setattr(report_pictures, "_png", lambda figure: figure)
+    monkeypatch.setattr(pictures, "_png", lambda figure: figure)
 
 
 def drawn(draw: Any, result: dict[str, Any]) -> Figure:
@@ -37,7 +37,7 @@ def curves(axes: Any) -> dict[str, tuple[list[float], list[float]]]:
 
 
 def test_recall_is_bars_by_distance_with_their_intervals_and_pale_where_little_was_asked() -> None:
-    (axes,) = drawn(report_pictures.draw_recall, KITES).axes
+    (axes,) = drawn(pictures.draw_recall, KITES).axes
     bars = {found.get_label(): found for found in axes.containers if isinstance(found, BarContainer)}
     heights = {name: [bar.get_height() for bar in found] for name, found in bars.items()}
     assert heights == {"with memory": [0.9, 0.5, 0.25], OWN: [0.75, 0.25, 0.0], "memory reset": [0.1, 0.6, 0.0]}
@@ -54,7 +54,7 @@ def test_recall_is_bars_by_distance_with_their_intervals_and_pale_where_little_w
 
 
 def test_few_questions_are_not_named_where_there_are_none() -> None:
-    (axes,) = drawn(report_pictures.draw_recall, {**KITES, "recall": {"2": recalled(0.9, 0.1, 10)}, **NO_OWN}).axes
+    (axes,) = drawn(pictures.draw_recall, {**KITES, "recall": {"2": recalled(0.9, 0.1, 10)}, **NO_OWN}).axes
     assert "pale" not in axes.get_xlabel()
     assert len(axes.containers) == 2 * 2, "two series of bars, each with its intervals"
 
@@ -63,16 +63,16 @@ NO_OWN: dict[str, Any] = {"free_running": None}
 
 
 def test_perplexity_is_drawn_by_turn() -> None:
-    (axes,) = drawn(report_pictures.draw_turns, KITES).axes
+    (axes,) = drawn(pictures.draw_turns, KITES).axes
     assert curves(axes) == {"with memory": ([1, 2], [1.649, 2.014]), "memory reset": ([1, 2], [1.822, 8.166])}
     assert axes.get_yscale() == "linear"
     far = copy.deepcopy(KITES)
     far["by_turn"][0]["memory_reset"]["perplexity"] = 500.0
-    assert drawn(report_pictures.draw_turns, far).axes[0].get_yscale() == "log"
+    assert drawn(pictures.draw_turns, far).axes[0].get_yscale() == "log"
 
 
 def test_each_measure_of_the_memory_has_a_panel() -> None:
-    panels = drawn(report_pictures.draw_memory, KITES).axes
+    panels = drawn(pictures.draw_memory, KITES).axes
     shown = {axes.get_title("left"): list(axes.get_lines()[0].get_ydata()) for axes in panels}
     assert shown["norm (RMS)"] == [1.0, 1.125]
     assert shown["changed by the write"][1] == 0.42
@@ -81,7 +81,7 @@ def test_each_measure_of_the_memory_has_a_panel() -> None:
 
 
 def test_times_are_drawn_by_turn() -> None:
-    times, rates = drawn(report_pictures.draw_latency, KITES).axes
+    times, rates = drawn(pictures.draw_latency, KITES).axes
     assert curves(times) == {"to the first token": ([1, 2], [12.34, 13.0]), "memory write": ([1, 2], [5.67, 5.0])}
     assert rates.get_lines()[0].get_ydata()[0] == 1234.5
     assert times.get_ylim()[0] == rates.get_ylim()[0] == 0.0
@@ -89,18 +89,18 @@ def test_times_are_drawn_by_turn() -> None:
 
 def test_rewards_are_drawn_over_their_whole_scale() -> None:
     result = {**KITES, "reward": rewarded(5.5, 3.5, 3.5), **NO_OWN}
-    (axes,) = drawn(report_pictures.draw_rewards, result).axes
+    (axes,) = drawn(pictures.draw_rewards, result).axes
     assert axes.get_xlim() == (0.0, 10.0)
     tall = {round(bar.get_x(), 3): bar.get_height() for bar in axes.patches if bar.get_height()}
     assert tall == {3.5: 2.0, 5.5: 1.0}
     assert list(axes.get_lines()[0].get_xdata()) == pytest.approx([12.5 / 3] * 2)
-    assert len(drawn(report_pictures.draw_rewards, KITES).axes[0].get_lines()) == 2
+    assert len(drawn(pictures.draw_rewards, KITES).axes[0].get_lines()) == 2
 
 
 def test_the_baseline_is_drawn_beside_the_model() -> None:
     baseline = {**copy.deepcopy(KITES), "recall": {"2": recalled(0.6, 0.3, 30)}}
     baseline["latency"] = [{**row, "prompt_ms": 50.0} for row in KITES["latency"]]
-    recall, times = drawn(report_pictures.draw_comparison, {**REPORT, "baseline": baseline}).axes
+    recall, times = drawn(pictures.draw_comparison, {**REPORT, "baseline": baseline}).axes
     assert curves(recall) == {
         "with memory": ([2, 10, 17], [0.9, 0.5, 0.25]),
         "stateless, whole history": ([2], [0.6]),
@@ -108,4 +108,4 @@ def test_the_baseline_is_drawn_beside_the_model() -> None:
     }
     assert curves(times) == {"with memory": ([1, 2], [12.34, 13.0]), "stateless": ([1, 2], [50.0, 50.0])}
     untimed = {**REPORT, "baseline": {**baseline, "latency": []}}
-    assert len(drawn(report_pictures.draw_comparison, untimed).axes) == 1
+    assert len(drawn(pictures.draw_comparison, untimed).axes) == 1

@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from rxt_platform.evaluation.comparison import comparison_tables
-from rxt_platform.evaluation.data_tables import data_tables
-from rxt_platform.evaluation.page import html_page, image, note
-from rxt_platform.evaluation.report_sections import sections
-from rxt_platform.evaluation.report_tables import (
+from rxt_platform.evaluation.report.comparison import comparison_tables
+from rxt_platform.evaluation.report.data_tables import data_tables
+from rxt_platform.evaluation.report.page import html_page, image, note
+from rxt_platform.evaluation.report.sections import sections
+from rxt_platform.evaluation.report.tables import (
     COSINE_KIND,
     LOSS_NOTE,
     UNKNOWN_NOTE,

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from rxt_platform.errors import ArtifactError
-from rxt_platform.evaluation.comparison import comparison_tables
-from rxt_platform.evaluation.data_tables import data_note
-from rxt_platform.evaluation.report_page import render_evaluation_html, render_html
-from rxt_platform.evaluation.report_pictures import draw_comparison, draw_evaluation, draw_losses
-from rxt_platform.evaluation.report_sections import Section, sections
-from rxt_platform.evaluation.report_tables import (
+from rxt_platform.evaluation.report.comparison import comparison_tables
+from rxt_platform.evaluation.report.data_tables import data_note
+from rxt_platform.evaluation.report.pages import render_evaluation_html, render_html
+from rxt_platform.evaluation.report.pictures import draw_comparison, draw_evaluation, draw_losses
+from rxt_platform.evaluation.report.sections import Section, sections
+from rxt_platform.evaluation.report.tables import (
     COSINE_KIND,
     LOSS_NOTE,
     UNKNOWN_NOTE,
@@ -48,7 +48,7 @@ Report = dict[str, Any]
                       `fertility.json`}
     settings, responder, conversations, turns, cut, questions, answer_tokens, memory_reset, by_turn, recall,
     recall_by_task, recall_long_range, recall_by_teller, recall_overall, reward, free_running, memory, masked, latency,
-    samples           of the last model on held-out conversations: as `Evaluation` in `evaluate.py` says
+    samples           of the last model on held-out conversations: as `Evaluation` in `evaluation/evaluate.py` says
     baseline          the same of the stateless baseline, with its whole history; None of a run without one
 """
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from rxt_platform.evaluation.report_tables import arms, by_distance, number, percent, rate, spread, thinned, turns
+from rxt_platform.evaluation.report.tables import arms, by_distance, number, percent, rate, spread, thinned, turns
 from rxt_platform.tables import Table
 
 Report = Mapping[str, Any]

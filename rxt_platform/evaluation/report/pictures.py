@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
 
-from rxt_platform.evaluation.report_tables import arms, by_distance
+from rxt_platform.evaluation.report.tables import arms, by_distance
 
 # Okabe and Ito's: told apart with every common colour blindness, and by lightness in grey print.
 _MEMORY_COLOUR, _RESET_COLOUR, _OWN_COLOUR = "#0072B2", "#E69F00", "#56B4E9"

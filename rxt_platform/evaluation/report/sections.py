@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rxt_platform.evaluation.report_tables import (
+from rxt_platform.evaluation.report.tables import (
     answer_table,
     latency_table,
     masked_table,

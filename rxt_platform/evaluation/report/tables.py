@@ -1,6 +1,6 @@
 """What was measured as tables of cells, the same for the terminal and for a page. No torch.
 
-The layout of an evaluation is in `evaluate.py`, that of a run's report in `report.py`. A number that was not measured
+The layout of an evaluation is in `evaluation/evaluate.py`, that of a run's report in `report.py`. A number that was not measured
 is None and shows as a dash.
 """
 
