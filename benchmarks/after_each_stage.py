@@ -45,6 +45,7 @@ def main(run: Path, data: str, json_file: Path | None) -> None:
         found = evaluate(*load_model(Path(step["artifact"])), talks, SETTINGS)
         results[step["name"]] = found
         with_memory, reset = (follow_ups(found["by_turn"], arm) for arm in ("with_memory", "memory_reset"))
+        low, high = found["follow_up_gain"]["interval"]
         lines.append(
             [
                 step["name"],
@@ -52,12 +53,23 @@ def main(run: Path, data: str, json_file: Path | None) -> None:
                 f"{found['memory_reset']['perplexity']:.2f}",
                 f"{math.exp(with_memory):.2f}",
                 f"{math.exp(reset):.2f}",
-                f"{reset - with_memory:+.3f}",
+                f"{found['follow_up_gain']['nats']:+.3f}",
+                f"{low:+.3f} to {high:+.3f}",
                 f"{100 * found['answer_tokens']['accuracy']:.1f} %",
                 f"{100 * found['masked']['accuracy']:.1f} %",
             ]
         )
-    header = ["after", "perplexity", "reset", "follow-ups", "reset", "gain, nats", "accuracy", "masked accuracy"]
+    header = [
+        "after",
+        "perplexity",
+        "reset",
+        "follow-ups",
+        "reset",
+        "gain, nats",
+        "95 %",
+        "accuracy",
+        "masked accuracy",
+    ]
     click.echo(text_table(Table(header, lines)))
     if json_file is not None:
         json_file.write_text(json.dumps(results, indent=1))

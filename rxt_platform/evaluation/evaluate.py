@@ -32,6 +32,8 @@ Evaluation = dict[str, Any]
                       is a question about the first turn, to be answered word for word
     answer_tokens     {loss (nats), perplexity, accuracy, count, intervals: {loss, perplexity, accuracy}} of the answer
                       tokens, the memory teacher-forced; memory_reset the same with the memory reset
+    follow_up_gain    {nats, interval, count}: loss with the memory reset less that with memory, of the answer tokens
+                      of all turns but the first
     by_turn           [{turn (from 1), count (tokens), with_memory, memory_reset: as answer_tokens}]
     recall            {distance in turns, 1 to 16 or "17+": {with_memory, reset, gain, count (questions),
                       intervals: {with_memory, reset, gain}}}; recall_by_task {task: the same} and recall_long_range

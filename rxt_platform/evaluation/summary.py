@@ -39,14 +39,29 @@ def token_entry(sums: Iterable[tuple[int, TokenSums]], bootstrap: Bootstrap) -> 
 
 
 def answer_tokens(outcomes: Sequence[TurnOutcome], bootstrap: Bootstrap) -> Entry:
-    """`answer_tokens` and `memory_reset` over all turns, and `by_turn`."""
+    """`answer_tokens` and `memory_reset` over all turns, `follow_up_gain`, and `by_turn`."""
     turns: dict[int, list[TurnOutcome]] = defaultdict(list)
     for outcome in outcomes:
         turns[outcome.turn].append(outcome)
     by_turn = [{"turn": turn, **_both(turns[turn], bootstrap, "with_memory")} for turn in sorted(turns)]
     for row in by_turn:
         row["count"] = row["with_memory"]["count"]
-    return {**_both(outcomes, bootstrap, "answer_tokens"), "by_turn": by_turn}
+    gain = _follow_up_gain(outcomes, bootstrap)
+    return {**_both(outcomes, bootstrap, "answer_tokens"), "follow_up_gain": gain, "by_turn": by_turn}
+
+
+def _follow_up_gain(outcomes: Sequence[TurnOutcome], bootstrap: Bootstrap) -> Entry:
+    """{nats, interval, count}: what is saved on each answer token, but of first turns, by what was told before."""
+    rows = (
+        (one.conversation, (one.tokens_reset.loss - one.tokens.loss, one.tokens.count))
+        for one in outcomes
+        if one.turn > 1
+    )
+    saved, counts = bootstrap.totals(rows, 2).T
+    if not counts.any():
+        return {"nats": None, "interval": None, "count": 0}
+    nats = float(saved.sum() / counts.sum())
+    return {"nats": nats, "interval": bootstrap.interval(saved, counts), "count": int(counts.sum())}
 
 
 def _both(outcomes: Sequence[TurnOutcome], bootstrap: Bootstrap, name: str) -> Entry:

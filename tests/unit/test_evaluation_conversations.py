@@ -165,6 +165,16 @@ def test_answer_tokens_are_counted_by_turn_and_add_up() -> None:
     assert many["by_turn"][3]["with_memory"]["intervals"]["loss"] is None
 
 
+def test_what_memory_saves_on_follow_ups_is_a_mean_over_their_tokens() -> None:
+    """A nat each, if it is told: in the first turn nothing can be saved."""
+    outcomes = held(knows(KITE, HAT), *[KITE, HAT] * 6)
+    found = answer_tokens(outcomes, Bootstrap(12, 0))["follow_up_gain"]
+    assert found["count"] == sum(one.tokens.count for one in outcomes if one.turn > 1)
+    assert (found["nats"], found["interval"]) == (1.0, pytest.approx([1.0, 1.0]))
+    alone = answer_tokens(held(knows(ALONE), ALONE), Bootstrap(1, 0))["follow_up_gain"]
+    assert alone == {"nats": None, "interval": None, "count": 0}
+
+
 # ---- system prompts, order, limits
 
 

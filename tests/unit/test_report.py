@@ -58,6 +58,7 @@ KITES = {
     "questions": {"kind": "keyed", "conversations": 1},
     "answer_tokens": tokens(0.511, 1.667, 0.812, 4242),
     "memory_reset": tokens(1.511, 4.531, 0.404, 4242),
+    "follow_up_gain": {"nats": 1.4, "interval": [1.25, 1.5], "count": 2242},
     "by_turn": [
         {
             "turn": 1,
@@ -431,6 +432,17 @@ def test_what_was_measured_and_what_was_lost_of_it_is_said() -> None:
         assert "1 conversations left out" in text
         assert "only 1 conversations carry answer keys" in text
         assert "Recall of facts told in an earlier turn" in text
+
+
+def test_what_the_memory_saves_is_said_in_words() -> None:
+    for lines in _shown(REPORT):
+        said = "costs 1.400 nats less with its memory than without (95 %: 1.250 to 1.500)."
+        assert said in " ".join(lines)
+    one = {**REPORT, "follow_up_gain": {"nats": 1.4, "interval": None, "count": 3}}
+    for lines in _shown(one):
+        assert "costs 1.400 nats less with its memory than without." in " ".join(lines)
+    for lines in _shown({**REPORT, "follow_up_gain": {"nats": None, "interval": None, "count": 0}}):
+        assert "nats less" not in " ".join(lines)
 
 
 def test_without_answer_keys_nothing_is_called_recall_of_facts() -> None:

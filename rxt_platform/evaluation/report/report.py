@@ -46,9 +46,10 @@ Report = dict[str, Any]
                       tokens, as multiples of a fair one
     data              {validation: as `validation.json`, tokens: the parts of `tokens.json`, fertility: as
                       `fertility.json`}
-    settings, responder, conversations, turns, cut, questions, answer_tokens, memory_reset, by_turn, recall,
-    recall_by_task, recall_long_range, recall_by_teller, recall_overall, reward, free_running, memory, masked, latency,
-    samples           of the last model on held-out conversations: as `Evaluation` in `evaluation/evaluate.py` says
+    settings, responder, conversations, turns, cut, questions, answer_tokens, memory_reset, follow_up_gain,
+    by_turn, recall, recall_by_task, recall_long_range, recall_by_teller, recall_overall, reward, free_running, memory,
+    masked, latency, samples
+                      of the last model on held-out conversations: as `Evaluation` in `evaluation/evaluate.py` says
     baseline          the same of the stateless baseline, with its whole history; None of a run without one
 """
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from rxt_platform.evaluation.report.tables import (
     answer_table,
+    follow_up_gain,
     latency_table,
     masked_table,
     memory_tables,
@@ -45,7 +46,12 @@ def sections(result: Mapping[str, Any]) -> list[Section]:
     how = _RECALL if result["free_running"] is None else f"{_RECALL} {_FORCED}"
     found = [
         Section("recall", recall_title(result), how, recall_tables(result)),
-        Section("turns", "Answer tokens, the references remembered", "", [answer_table(result), turn_table(result)]),
+        Section(
+            "turns",
+            "Answer tokens, the references remembered",
+            follow_up_gain(result),
+            [answer_table(result), turn_table(result)],
+        ),
     ]
     if result["reward"]["scores"]:
         found.append(Section("rewards", "Composite reward", _REWARD, [reward_table(result)]))

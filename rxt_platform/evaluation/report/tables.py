@@ -1,7 +1,7 @@
 """What was measured as tables of cells, the same for the terminal and for a page. No torch.
 
-The layout of an evaluation is in `evaluation/evaluate.py`, that of a run's report in `report.py`. A number that was not measured
-is None and shows as a dash.
+The layout of an evaluation is in `evaluation/evaluate.py`, that of a run's report in `report.py`. A number that was not
+measured is None and shows as a dash.
 """
 
 import math
@@ -115,6 +115,16 @@ def answer_table(result: Result) -> Table:
     """Answer tokens, teacher-forced."""
     named = zip(arms(result), ("answer_tokens", "memory_reset"), strict=True)
     return Table(["tokens of answers", *_TOKEN_COLUMNS], [_tokens(label, result[key]) for label, key in named])
+
+
+def follow_up_gain(result: Result) -> str:
+    """What the state of the conversation is worth to the answers, in words; empty where nothing is asked twice."""
+    gain = result["follow_up_gain"]
+    if not gain["count"]:
+        return ""
+    what = "its memory" if result["responder"]["kind"] == "reactive" else "its history"
+    known = f" (95 %: {spread(gain['interval'], number)})" if gain["interval"] else ""
+    return f"Each token of a follow-up's answer costs {number(gain['nats'])} nats less with {what} than without{known}."
 
 
 def masked_table(result: Result) -> Table:
