@@ -8,7 +8,7 @@ from matplotlib.container import BarContainer, ErrorbarContainer
 from matplotlib.figure import Figure
 
 from rxt_platform.evaluation.report import pictures
-from tests.unit.test_report import KITES, REPORT, recalled, rewarded
+from tests.unit.reports import KITES, REPORT, recalled, rewarded
 
 OWN = "its own answers remembered"
 
