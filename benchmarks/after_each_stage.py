@@ -16,6 +16,7 @@ import click
 from rxt_platform.config.run import EvaluationConfig
 from rxt_platform.data.sources import read_conversations
 from rxt_platform.evaluation.evaluate import evaluate
+from rxt_platform.evaluation.report.tables import number, spread
 from rxt_platform.model.files import load_model
 from rxt_platform.tables import Table, text_table
 from rxt_platform.training.distributed import use_cpus
@@ -45,7 +46,6 @@ def main(run: Path, data: str, json_file: Path | None) -> None:
         found = evaluate(*load_model(Path(step["artifact"])), talks, SETTINGS)
         results[step["name"]] = found
         with_memory, reset = (follow_ups(found["by_turn"], arm) for arm in ("with_memory", "memory_reset"))
-        low, high = found["follow_up_gain"]["interval"]
         lines.append(
             [
                 step["name"],
@@ -54,7 +54,7 @@ def main(run: Path, data: str, json_file: Path | None) -> None:
                 f"{math.exp(with_memory):.2f}",
                 f"{math.exp(reset):.2f}",
                 f"{found['follow_up_gain']['nats']:+.3f}",
-                f"{low:+.3f} to {high:+.3f}",
+                spread(found["follow_up_gain"]["interval"], number),
                 f"{100 * found['answer_tokens']['accuracy']:.1f} %",
                 f"{100 * found['masked']['accuracy']:.1f} %",
             ]
@@ -66,7 +66,7 @@ def main(run: Path, data: str, json_file: Path | None) -> None:
         "follow-ups",
         "reset",
         "gain, nats",
-        "95 %",
+        "95 % CI",
         "accuracy",
         "masked accuracy",
     ]

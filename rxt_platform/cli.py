@@ -112,8 +112,8 @@ def chat(
             _start_afresh(held, seed, system)
             turn = 0
             click.echo("memory reset")
-        elif message.startswith("/") and message.split()[0] != "/tool":
-            click.echo(f"[no such command: {message.split()[0]}; /tool TEXT, /reset, /quit]")
+        elif message.startswith("/") and len(message.split()) == 1 and message != "/tool":
+            click.echo(f"[no such command: {message}; there are /tool TEXT, /reset, /quit]")
         elif message:
             options = SamplingOptions(temperature, top_p, derive_seed(seed, turn), top_k=top_k)
             try:

@@ -1,6 +1,11 @@
 """When an answer counts as recalled. Text only, no torch."""
 
 import re
+import unicodedata
+
+# Scripts that don't part words by spaces (or, Korean, hang particles on them): each character is a word of its own.
+_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff"
+_WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
 
 
 def matches(answer: str, reference: str, spans: tuple[str, ...] | None) -> bool:
@@ -19,4 +24,4 @@ def _holds(answer: str, span: str) -> bool:
 
 
 def _words(text: str) -> str:
-    return " ".join(re.findall(r"\w+", text.casefold()))
+    return " ".join(_WORD.findall(unicodedata.normalize("NFC", text).casefold()))

@@ -313,7 +313,8 @@ def _recall(row: Mapping[str, Any], answer: str, column: str) -> Recall | None:
         raise _bad("answer_span", column, "empty")
     for span in spans:
         if not matches(answer, answer, (span,)):
-            raise _bad("answer_span", column, f"{_short(span)} does not occur in the answer {_short(answer)}")
+            said = f"{_short(span)} does not occur in the answer {_short(answer)}, as whole words"
+            raise _bad("answer_span", column, said)
     distance, long_range = row["distance"], row["long_range"]
     if isinstance(distance, bool) or not isinstance(distance, int):
         raise _bad("distance", column, f"expected a whole number, got {type(distance).__name__}")

@@ -16,16 +16,18 @@ from rxt_platform.evaluation.responders import History, ReactiveResponder, Respo
 from rxt_platform.evaluation.rewards import reward_entry
 from rxt_platform.evaluation.summary import answer_tokens, recall_tables, spread_samples
 from rxt_platform.model.baseline import StatelessTransformer
-from rxt_platform.model.files import find_model
+from rxt_platform.model.files import WEIGHTS, find_model
 from rxt_platform.model.transformer import ReactiveTransformer
 from rxt_platform.rl.rewards import HashedEmbedding, TextEmbedding, TokenEmbedding
+from rxt_platform.storage.directory import file_hash
 
 Evaluation = dict[str, Any]
 """What was measured; a number for which there was nothing to measure is None. Intervals are 95 %, [low, high] or None.
 
     responder         {kind: reactive | stateless, history: full | none | None, window (of the model), and
                       interaction_window (what an interaction was cut to): tokens}
-    settings          {free_running, reward, reward_model, ...: as `EvaluationConfig` says; too_long}
+    settings          {free_running, reward, latency_conversations, samples: as `EvaluationConfig` says; too_long;
+                      reward_model: sha256 of its weights, or None}
     seed, conversations (used), turns (of all of them)
     cut               {answers, queries (interactions that lost the end of one), conversations (with such), left_out}
     questions         {kind: keyed | follow-ups, conversations (that ask some)}: without any answer key every follow-up
@@ -94,7 +96,7 @@ def evaluate(
             "window": model.config.max_length,
             "interaction_window": longest,
         },
-        "settings": {**settings.model_dump(mode="json"), "conversations": len(conversations), "too_long": too_long},
+        "settings": _recorded(settings, too_long),
         "seed": seed,
         "conversations": len(talks),
         "turns": len(outcomes),
@@ -116,6 +118,13 @@ def evaluate(
         "latency": latency_by_turn(responder, talks, seed, settings.latency_conversations),
         "samples": spread_samples(outcomes, len(talks), settings.samples),
     }
+
+
+def _recorded(settings: EvaluationConfig, too_long: TooLong) -> dict[str, Any]:
+    path = settings.reward_model
+    model = None if path is None else file_hash(find_model(path) / WEIGHTS)
+    kept = settings.model_dump(mode="json", exclude={"conversations", "reward_model"})
+    return {**kept, "reward_model": model, "too_long": too_long}
 
 
 def _responder(model: ReactiveTransformer | StatelessTransformer, history: History) -> Responder[Any]:

@@ -10,7 +10,6 @@ import json
 import os
 from dataclasses import dataclass, field
 from functools import cache
-from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,6 +38,7 @@ _ROOMS: dict[StepKind, tuple[str, ...]] = {
     "training": ("data", "model", "stages", "training"),
     "evaluation": ("data", "model", "rl", "evaluation"),
 }
+_SHOWN = Path("evaluation/report")
 PREPARED: tuple[StepKind, ...] = ("corpus", "tokenizer", "tokens")
 """The steps before the first training step."""
 ARTIFACT_KIND: dict[StepKind, str] = {
@@ -288,11 +288,11 @@ def _reward_model_hash(path: str) -> str:
 
 @cache
 def _code(rooms: tuple[str, ...]) -> str:
-    """Hash of the source of some rooms; not of the folders in them, which hold nothing that changes a result."""
-    digest = hashlib.sha256()
+    """Hash of the source of some rooms, but for what only shows results."""
+    digest, package = hashlib.sha256(), Path(__file__).parents[1]
     for room in rooms:
-        folder = resources.files("rxt_platform") / room
-        for file in sorted(folder.iterdir(), key=lambda entry: entry.name):
-            if file.name.endswith(".py"):
-                digest.update(file.name.encode() + b"\0" + file.read_bytes())
+        for file in sorted((package / room).rglob("*.py")):
+            place = file.relative_to(package)
+            if _SHOWN not in place.parents:
+                digest.update(place.as_posix().encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()

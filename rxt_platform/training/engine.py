@@ -293,13 +293,13 @@ class Engine:
         return now(self.end)
 
     def _logged(self) -> Metrics:
-        """The means since the last logged step, once it is sure that no newer attempt has taken over."""
+        """The means since the last logged step; spans are written, and a newer attempt ends this one."""
         self.spans.flush()
         self.settings.watch.check_current()
         return self.meter.take()
 
     def _held_out(self, done: int, validation: list[Batch]) -> Metrics:
-        """Held-out metrics, where they are due after so many steps; empty where they are not, and at the end."""
+        """Held-out metrics if they are due after so many steps, else {}; those of the last step come later."""
         stopping = self.stage.config.early_stopping
         periods = (self.training.evaluate_every, stopping and stopping.every)
         if done == self.steps or not any(period and done % period == 0 for period in periods):

@@ -289,7 +289,7 @@ BAD_INPUT: list[tuple[str, str, bytes | None, str]] = [
         "answer key that is not in the answer",
         "conversations-key.jsonl",
         talk_with(interactions=[turn(6, answer_span="blue", distance=1, long_range=False)]),
-        ":3: column 'interactions[0].answer_span': 'blue' does not occur in the answer 'answer 6'",
+        ":3: column 'interactions[0].answer_span': 'blue' does not occur in the answer 'answer 6', as whole words",
     ),
     (
         "answer key from before the conversation",

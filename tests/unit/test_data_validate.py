@@ -40,7 +40,7 @@ def test_reasons_are_counted_without_what_only_one_row_says(capsys: Capture, tmp
     out, _ = refused(capsys, "validate", tmp_path / "a.jsonl", "--json")
     assert json.loads(out)["reasons"] == {
         "column 'interactions[].answer': control character U+0007 at position N": 3,
-        "column 'interactions[].answer_span': '…' does not occur in the answer '…'": 2,
+        "column 'interactions[].answer_span': '…' does not occur in the answer '…', as whole words": 2,
     }
 
 

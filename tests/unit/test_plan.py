@@ -1,10 +1,13 @@
 """Promises of the plan: what identifies a step, and what the baseline adds to it."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from rxt_platform.errors import ArtifactError
+from rxt_platform.orchestration import runner
 from rxt_platform.orchestration.plan import build_plan, last_trained
 from tests.support import small_run
 
@@ -84,3 +87,18 @@ def test_what_the_baseline_trains_by_is_part_of_what_it_is(tmp_path: Path) -> No
         changed = fingerprints("baseline={window: 512}", override, storage=tmp_path)
         assert plain["baseline.pretraining"] == changed["baseline.pretraining"]
         assert plain["baseline.sft"] != changed["baseline.sft"]
+
+
+def test_an_evaluation_finds_the_reward_s_model_from_another_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray tasks have working directories of their own."""
+    calls: list[Any] = []
+    monkeypatch.setattr("rxt_platform.orchestration.runner.ray_jobs.call", lambda *given, **_: calls.append(given))
+    monkeypatch.chdir(tmp_path)
+    config = small_run(tmp_path, "evaluation.reward_model=models/one")
+    step: Any = None
+    runner._evaluate(SimpleNamespace(config=config), step, [])  # type: ignore[arg-type]
+    ((_, given, *_),) = calls
+    assert given.evaluation.reward_model == str(tmp_path / "models/one")
+    assert given.model_copy(update={"evaluation": config.evaluation}) == config

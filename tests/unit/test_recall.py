@@ -34,6 +34,10 @@ REFERENCE = "Tom has a kite and he lives near the river."
         ("", ("!!!",), False),  # what has no words must be there as it is
         ("A hat 🎩!", ("🎩",), True),
         ("A hat!", ("🎩",), False),
+        ("我住在东京。", ("东京",), True),  # no spaces between words
+        ("我住在北京。", ("东京",), False),
+        ("서울에 살아요.", ("서울",), True),
+        ("At the Cafe\u0301.", ("Café",), True),  # one letter, or a letter and an accent
     ],
 )
 def test_an_answer_is_right_if_it_holds_every_asked_fact(

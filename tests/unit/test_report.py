@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import html
 import io
 import json
 import math
@@ -31,19 +32,19 @@ def test_table_holds_every_measurement_within_100_columns() -> None:
     rows = [line.split() for line in text.splitlines()]
     assert ["joint", "made", "1,200", "1", "min", "01", "s", "6.543", "1.234", "4.321", "2.109"] in rows
     for line in (
-        "10 turns 50.0 % 60.0 % -10.0 pt -15.0 to -5.0 pt 10",
-        "17+ turns 25.0 % 0.0 % +25.0 pt +20.0 to +30.0 pt 4",
-        "overall 80.0 % 22.5 % +57.5 pt +52.5 to +62.5 pt 40",
-        "references 80.0 % 22.5 % +57.5 pt +52.5 to +62.5 pt 40",
-        "its own 62.5 % 22.5 % +40.0 pt +35.0 to +45.0 pt 40",
+        "10 turns 50.0 % 45.0 to 55.0 % 60.0 % -10.0 pt -15.0 to -5.0 pt 10",
+        "17+ turns 25.0 % 20.0 to 30.0 % 0.0 % +25.0 pt +20.0 to +30.0 pt 4",
+        "overall 80.0 % 75.0 to 85.0 % 22.5 % +57.5 pt +52.5 to +62.5 pt 40",
+        "teacher-forced 80.0 % 75.0 to 85.0 % 22.5 % +57.5 pt +52.5 to +62.5 pt 40",
+        "free-running 62.5 % 57.5 to 67.5 % 22.5 % +40.0 pt +35.0 to +45.0 pt 40",
         "memory reset 1.511 1.360 to 1.662 4.531 40.4 % 36.4 to 44.4 % 4,242",
-        "encoder, MLM head 1.250 1.125 to 1.375 – 64.0 % 60.0 to 68.0 % 321",
+        "encoder, MLM head 1.250 1.125 to 1.375 64.0 % 60.0 to 68.0 % 321",
         "2 0.700 2.100 2.014 8.166 65.0 % 30.0 % 2,242",
         "before 1.000 – 99.0 % 0.062 2",
         "1 1.125 42.0 % 87.5 % 0.125 2",
         "1 0.375 0.015 0.985",
-        "references 4.500 3.500 to 5.500 3.500 5.500 0.250 0.750 0.500 2",
-        "its own 1.500 0.500 to 2.500 0.500 2.500 0.250 0.750 0.500 2",
+        "teacher-forced 4.500 3.500 to 5.500 3.500 5.500 0.250 0.750 0.500 2",
+        "free-running 1.500 0.500 to 2.500 0.500 2.500 0.250 0.750 0.500 2",
         "1 12.3 ms 1,234 5.7 ms 2",
         "2 13.0 ms – 5.0 ms 1",
     ):
@@ -64,7 +65,7 @@ def _shown(report: dict[str, Any]) -> list[list[str]]:
     """The lines, with single spaces, of what the terminal shows of a run and of an evaluation, and of the page."""
     page = render_html(report, PICTURES).replace("</tr>", "\n")
     return [
-        [" ".join(re.sub("<[^>]*>", " ", line).split()) for line in text.splitlines()]
+        [html.unescape(" ".join(re.sub("<[^>]*>", " ", line).split())) for line in text.splitlines()]
         for text in (render_table(report), render_evaluation(report), page)
     ]
 
@@ -72,8 +73,8 @@ def _shown(report: dict[str, Any]) -> list[list[str]]:
 def test_recall_by_task_is_shown_where_there_are_several_tasks() -> None:
     several = {**REPORT, "recall_by_task": {**REPORT["recall_by_task"], "two_facts": recalled(0.25, 0.05, 1717)}}
     for lines in _shown(several):
-        assert "recall 80.0 % 22.5 % +57.5 pt +52.5 to +62.5 pt 40" in lines
-        assert "two_facts 25.0 % 5.0 % +20.0 pt +15.0 to +25.0 pt 1,717" in lines
+        assert "recall 80.0 % 75.0 to 85.0 % 22.5 % +57.5 pt +52.5 to +62.5 pt 40" in lines
+        assert "two_facts 25.0 % 20.0 to 30.0 % 5.0 % +20.0 pt +15.0 to +25.0 pt 1,717" in lines
     for report in (REPORT, _unasked()):
         for lines in _shown(report):
             assert not any(line.startswith(("task ", "recall 80.0")) for line in lines)
@@ -85,13 +86,13 @@ def test_recall_is_shown_by_range_and_by_who_told_where_both_occur() -> None:
     both["recall_by_teller"] = {"user": recalled(0.4, 0.1, 7), "model": recalled(0.5, 0.1, 8)}
     own = {**KITES["free_running"], "recall_by_teller": {"user": recalled(0.6, 0.1, 7), "model": recalled(0.7, 0.1, 8)}}
     for lines in _shown({**REPORT, **both, "free_running": own}):
-        assert "only unrelated 20.0 % 10.0 % +10.0 pt +5.0 to +15.0 pt 5" in lines
-        assert "references, user told 40.0 % 10.0 % +30.0 pt +25.0 to +35.0 pt 7" in lines
-        assert "its own, user told 60.0 % 10.0 % +50.0 pt +45.0 to +55.0 pt 7" in lines
-        assert "references, model told 50.0 % 10.0 % +40.0 pt +35.0 to +45.0 pt 8" in lines
-        assert "its own, model told 70.0 % 10.0 % +60.0 pt +55.0 to +65.0 pt 8" in lines
+        assert "only unrelated 20.0 % 15.0 to 25.0 % 10.0 % +10.0 pt +5.0 to +15.0 pt 5" in lines
+        assert "teacher-forced, user's 40.0 % 35.0 to 45.0 % 10.0 % +30.0 pt +25.0 to +35.0 pt 7" in lines
+        assert "free-running, user's 60.0 % 55.0 to 65.0 % 10.0 % +50.0 pt +45.0 to +55.0 pt 7" in lines
+        assert "teacher-forced, model's 50.0 % 45.0 to 55.0 % 10.0 % +40.0 pt +35.0 to +45.0 pt 8" in lines
+        assert "free-running, model's 70.0 % 65.0 to 75.0 % 10.0 % +60.0 pt +55.0 to +65.0 pt 8" in lines
     for lines in _shown(REPORT):
-        assert not any(line.startswith(("only unrelated", "references, user", "its own, user")) for line in lines)
+        assert not any(line.startswith(("only unrelated", "teacher-forced, ", "free-running, ")) for line in lines)
 
 
 def test_a_stateless_baseline_is_shown_beside_the_model() -> None:
@@ -243,13 +244,15 @@ def test_what_was_measured_and_what_was_lost_of_it_is_said() -> None:
 
 def test_what_the_memory_saves_is_said_in_words() -> None:
     for lines in _shown(REPORT):
-        said = "costs 1.400 nats less with its memory than without (95 %: 1.250 to 1.500)."
-        assert said in " ".join(lines)
+        said = "a token of a follow-up's answer costs 1.400 nats less on average (95 % CI: 1.250 to 1.500)."
+        assert f"With its memory, {said}" in " ".join(lines)
     one = {**REPORT, "follow_up_gain": {"nats": 1.4, "interval": None, "count": 3}}
     for lines in _shown(one):
-        assert "costs 1.400 nats less with its memory than without." in " ".join(lines)
+        assert "costs 1.400 nats less on average." in " ".join(lines)
     for lines in _shown({**REPORT, "follow_up_gain": {"nats": None, "interval": None, "count": 0}}):
         assert "nats less" not in " ".join(lines)
+    off = {**REPORT["responder"], "kind": "stateless", "history": "none"}
+    assert "nats less" not in render_evaluation({**KITES, "responder": off})
 
 
 def test_without_answer_keys_nothing_is_called_recall_of_facts() -> None:

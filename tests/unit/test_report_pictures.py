@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from rxt_platform.evaluation.report import pictures
 from tests.unit.reports import KITES, REPORT, recalled, rewarded
 
-OWN = "its own answers remembered"
+OWN = "free-running"
 
 
 @pytest.fixture(autouse=True)
@@ -42,21 +42,26 @@ def test_recall_is_bars_by_distance_with_their_intervals_and_pale_where_little_w
     heights = {name: [bar.get_height() for bar in found] for name, found in bars.items()}
     assert heights == {"with memory": [0.9, 0.5, 0.25], OWN: [0.75, 0.25, 0.0], "memory reset": [0.1, 0.6, 0.0]}
     for found in bars.values():
-        assert [bar.get_alpha() for bar in found] == [1.0, 1.0, 0.4]
+        assert [bar.get_alpha() for bar in found] == [1.0, 1.0, 1.0]
         assert found.errorbar is not None
         ends = [[y for _, y in segment] for segment in found.errorbar.lines[2][0].get_segments()]
         for (low, high), bar in zip(ends, found, strict=True):
             assert (low, high) == pytest.approx((bar.get_height() - 0.05, bar.get_height() + 0.05), abs=1e-6)
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["2\n(30)", "10\n(10)", "17+\n(4)"]
-    assert "pale: below 10" in axes.get_xlabel()
+    assert axes.get_xlabel() == "turns from telling to asking (number of questions)"
     places = [bar.get_x() for found in bars.values() for bar in found]
     assert len({*places}) == 9, "no bar hides another"
 
 
-def test_few_questions_are_not_named_where_there_are_none() -> None:
-    (axes,) = drawn(pictures.draw_recall, {**KITES, "recall": {"2": recalled(0.9, 0.1, 10)}, **NO_OWN}).axes
-    assert "pale" not in axes.get_xlabel()
-    assert len(axes.containers) == 2 * 2, "two series of bars, each with its intervals"
+def test_what_too_few_conversations_stand_for_is_pale() -> None:
+    few = {**recalled(0.9, 0.1, 3), "intervals": dict.fromkeys(("with_memory", "reset", "gain"))}
+    (axes,) = drawn(pictures.draw_recall, {**KITES, "recall": {"2": few, "3": recalled(0.5, 0.1, 30)}, **NO_OWN}).axes
+    assert axes.get_xlabel().endswith("(number of questions; pale: few)")
+    for bars in (found for found in axes.containers if isinstance(found, BarContainer)):
+        assert [bar.get_alpha() for bar in bars] == [0.4, 1.0]
+    assert [handle.get_alpha() for handle in axes.get_legend().legend_handles] == [1.0, 1.0]
+    plain = {**KITES, "questions": {"kind": "follow-ups", "conversations": 2}}
+    assert "since the first" in drawn(pictures.draw_recall, plain).axes[0].get_xlabel()
 
 
 NO_OWN: dict[str, Any] = {"free_running": None}

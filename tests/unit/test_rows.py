@@ -228,9 +228,17 @@ def test_a_bad_row_is_named_by_its_column(kind: RowKind, row: Any, column: str, 
     ("key", "column", "reason"),
     [
         ({"distance": None}, "distance", "missing (answer_span, distance, long_range come together or not at all)"),
-        ({"answer_span": "blue"}, "answer_span", "'blue' does not occur in the answer 'answer 2'"),
-        ({"answer_span": ["answer", "blue"]}, "answer_span", "'blue' does not occur in the answer 'answer 2'"),
-        ({"answer_span": "nswer"}, "answer_span", "'nswer' does not occur in the answer 'answer 2'"),  # no whole word
+        ({"answer_span": "blue"}, "answer_span", "'blue' does not occur in the answer 'answer 2', as whole words"),
+        (
+            {"answer_span": ["answer", "blue"]},
+            "answer_span",
+            "'blue' does not occur in the answer 'answer 2', as whole words",
+        ),
+        (
+            {"answer_span": "nswer"},
+            "answer_span",
+            "'nswer' does not occur in the answer 'answer 2', as whole words",
+        ),
         ({"answer_span": []}, "answer_span", "empty"),
         ({"answer_span": 2}, "answer_span", "expected text, got int"),
         ({"distance": 0}, "distance", "expected at least 1, got 0"),

@@ -426,7 +426,7 @@ KEY = {"answer_span": "Hello", "distance": 1, "long_range": False}
         ({**TURN, "interactions": [{**TURN, "distance": 1}]}, "column 'interactions[0].answer_span': missing (answer_"),
         (
             {"interactions": [TURN, {**TURN, **KEY, "answer_span": "hat"}]},
-            "column 'interactions[1].answer_span': 'hat' does not occur in the answer 'Hello.'",
+            "column 'interactions[1].answer_span': 'hat' does not occur in the answer 'Hello.', as whole words",
         ),
         (
             {"interactions": [TURN, {**TURN, **KEY, "distance": "1"}]},

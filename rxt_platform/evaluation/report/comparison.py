@@ -45,7 +45,7 @@ def _answers(report: Report) -> Table:
                     number(reward if arm == "with_memory" else None),
                 ]
             )
-    return Table(["model", "perplexity", "95 %", "accuracy", "recall", "95 %", "reward"], rows)
+    return Table(["model", "perplexity", "95 % CI", "accuracy", "recall", "95 % CI", "reward"], rows)
 
 
 def _recall(report: Report) -> Table:
@@ -57,7 +57,7 @@ def _recall(report: Report) -> Table:
         for one, arm in ((entry, "with_memory"), (others[distance], "with_memory"), (others[distance], "reset")):
             cells += [percent(one[arm]), spread(one["intervals"][arm], percent)]
         rows.append([*cells[:-1], f"{entry['count']:,}"])
-    header = ["distance", "with memory", "95 %", "stateless, history", "95 %", "no history", "questions"]
+    header = ["distance", "with memory", "95 % CI", "stateless, history", "95 % CI", "no history", "questions"]
     return Table(header, rows)
 
 

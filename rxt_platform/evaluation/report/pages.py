@@ -74,7 +74,7 @@ def _measured(result: Result, pictures: Pictures) -> dict[str, str]:
     parts = {}
     for section in sections(result):
         shown = note(section.note) if section.note else ""
-        if section.picture in pictures:
+        if section.picture is not None:
             shown += image(pictures[section.picture], _in_words(section.picture, result))
         parts[section.title] = shown + _tables(section.tables)
     return parts
@@ -104,17 +104,19 @@ def _tables(tables: Sequence[Table]) -> str:
 def _headline(result: Result) -> str:
     """The figures to look at first."""
     overall, own = result["recall_overall"], result["free_running"]
+    how = note(f"{scope(result)}. {UNKNOWN_NOTE}")
     if not overall["count"]:
-        return "<section><p>The conversations ask for nothing that was told, so recall was not measured.</p></section>"
+        said = "The conversations ask for nothing that was told, so recall was not measured."
+        return f"<section><p>{said}</p>{how}</section>"
     told, reset = arms(result)
     tiles = [
         ("memory gain" if told == "with memory" else "gain from history", points(overall["gain"]), "gain"),
-        (f"right {told}, reference answers remembered", percent(overall["with_memory"]), "memory"),
+        (f"right {told}, teacher-forced", percent(overall["with_memory"]), "memory"),
         (f"right with {reset}", percent(overall["reset"]), "reset"),
     ]
     if own is not None:
         right = percent(own["recall_overall"]["with_memory"])
-        tiles.insert(2, (f"right {told}, its own answers remembered", right, "own"))
+        tiles.insert(2, (f"right {told}, free-running", right, "own"))
     cells = "".join(f'<div class="{kind}"><b>{value}</b>{label}</div>' for label, value, kind in tiles)
     asked = "questions about facts told in an earlier turn"
     if result["questions"]["kind"] != "keyed":
@@ -122,7 +124,7 @@ def _headline(result: Result) -> str:
     return (
         f'<section><div class="tiles">{cells}</div><p>Of {overall["count"]:,} {asked}, how many the model answers '
         "right with what it keeps of the conversation, and with that put back to its start before the question.</p>"
-        f"{note(f'{scope(result)}. Bars and intervals: 95 %, over conversations. {UNKNOWN_NOTE}')}</section>"
+        f"{how}</section>"
     )
 
 

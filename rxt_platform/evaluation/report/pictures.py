@@ -16,8 +16,8 @@ _MEMORY_COLOUR, _RESET_COLOUR, _OWN_COLOUR = "#0072B2", "#E69F00", "#56B4E9"
 _WIDTH, _DPI = 6.4, 180  # inches: small, so that the type is still readable when a phone shrinks the picture
 _MAX_BAR_LABELS = 8  # distances; with more, numbers above the bars would run into each other
 _LOGARITHMIC = 20.0  # largest over smallest from which an axis is logarithmic
-_OWN_ANSWERS = "its own answers remembered"
-_FEW, _PALE = 10, 0.4  # questions below which a bar is drawn pale, and how pale
+_FREE_RUNNING = "free-running"
+_PALE = 0.4  # opacity of a bar that too few conversations stand for
 
 Result = Mapping[str, Any]
 Measured = tuple[float, Sequence[float] | None]
@@ -76,7 +76,7 @@ def draw_recall(result: Result) -> bytes:
     told, reset = arms(result)
     series = [(told, "with_memory", _MEMORY_COLOUR, entries), (reset, "reset", _RESET_COLOUR, entries)]
     if result["free_running"] is not None:
-        series.insert(1, (_OWN_ANSWERS, "with_memory", _OWN_COLOUR, by_distance(result["free_running"])))
+        series.insert(1, (_FREE_RUNNING, "with_memory", _OWN_COLOUR, by_distance(result["free_running"])))
     width = 0.8 / len(series)
     for index, (label, key, colour, rows) in enumerate(series):
         heights = [entry[key] for _, entry in rows]
@@ -85,7 +85,7 @@ def draw_recall(result: Result) -> bytes:
         style = {"elinewidth": 0.9, "capsize": 2, "ecolor": "#444444"}
         bars = axes.bar(places, heights, width * 0.94, color=colour, label=label, yerr=errors, error_kw=style)
         for bar, (_, entry) in zip(bars, rows, strict=True):
-            bar.set_alpha(1.0 if entry["count"] >= _FEW else _PALE)
+            bar.set_alpha(1.0 if entry["intervals"][key] else _PALE)
         if len(rows) <= _MAX_BAR_LABELS:
             for place, height, error in zip(places, heights, errors[1], strict=True):
                 axes.text(place, height + error + 0.015, f"{100 * height:.0f}", ha="center", fontsize=8)
@@ -95,11 +95,16 @@ def draw_recall(result: Result) -> bytes:
     axes.set_ylim(0, 1.08)  # room for the number above a full bar
     axes.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1])
     axes.yaxis.set_major_formatter(PercentFormatter(1))
-    few = f"; pale: below {_FEW}" if any(entry["count"] < _FEW for _, entry in entries) else ""
-    axes.set_xlabel(f"turns {'from telling to asking' if keyed else 'since the first'} (number of questions{few})")
+    few = "; pale: few" if any(entry["intervals"]["reset"] is None for _, entry in entries) else ""
+    axes.set_xlabel(f"{_distance_label(result)} (number of questions{few})")
     axes.set_ylabel("answered right")
     _tidy(axes)
-    axes.legend(frameon=False, ncols=3, loc="lower left", bbox_to_anchor=(-0.02, 0.99), fontsize=9, columnspacing=1.2)
+    legend = axes.legend(
+        frameon=False, ncols=3, loc="lower left", bbox_to_anchor=(-0.02, 0.99), fontsize=9, columnspacing=1.2
+    )
+    for handle in legend.legend_handles:
+        if handle is not None:
+            handle.set_alpha(1.0)  # it stands for all bars, also where the first is pale
     return _png(figure)
 
 
@@ -173,9 +178,9 @@ def draw_rewards(result: Result) -> bytes:
     figure = Figure(figsize=(_WIDTH, 2.6), layout="constrained")
     axes = figure.add_subplot()
     axes.set_title("Reward of the answers", fontsize=11, loc="left")
-    named = [("reference answers remembered", result, _MEMORY_COLOUR)]
+    named = [("teacher-forced", result, _MEMORY_COLOUR)]
     if result["free_running"] is not None:
-        named.append((_OWN_ANSWERS, result["free_running"], _RESET_COLOUR))
+        named.append((_FREE_RUNNING, result["free_running"], _RESET_COLOUR))
     scores = [way["reward"]["scores"] for _, way, _ in named]
     top = result["settings"]["reward"]["scale"]  # always the whole scale, so that pictures compare
     edges = [top * edge / 40 for edge in range(41)]
@@ -213,7 +218,7 @@ def draw_comparison(report: Result) -> bytes:
     axes.set_ylim(0, 1.05)
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    axes.set_xlabel("turns from telling to asking")
+    axes.set_xlabel(_distance_label(report))
     axes.legend(frameon=False, fontsize=8)
     _tidy(axes)
     if not timed:
@@ -230,6 +235,10 @@ def draw_comparison(report: Result) -> bytes:
     axes.legend(frameon=False, fontsize=8)
     _tidy(axes)
     return _png(figure)
+
+
+def _distance_label(result: Result) -> str:
+    return f"turns {'from telling to asking' if result['questions']['kind'] == 'keyed' else 'since the first'}"
 
 
 def _lines(axes: Axes, places: Sequence[int], series: Sequence[Series], label: str) -> None:

@@ -5,8 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from rxt_platform.evaluation.report.tables import (
+    LEFT_OUT_NOTE,
     answer_table,
+    arms,
     follow_up_gain,
+    is_thinned,
     latency_table,
     masked_table,
     memory_tables,
@@ -17,25 +20,25 @@ from rxt_platform.evaluation.report.tables import (
 )
 from rxt_platform.tables import Table
 
-_FORCED = (
-    "References: the dataset's answers are remembered, so that a mistake counts once; its own: the model's answers "
-    "are, as in a chat, and what only a reference answer told is never told."
+_WAYS = (
+    "Teacher-forced: the reference answers are remembered, so that a mistake counts once. Free-running: the model's "
+    "own answers are, as in a chat; a fact that the model's side told (model's, not user's) may then never be told."
 )
-_RECALL = "Asked again with the memory put back to its start; gain is the difference."
-_MASKED = "The MLM head is the last joint stage's; memory-aware training moves the encoder away from it."
+_RECALL = "Each question is asked with {told} and again with {reset}; gain is the difference."
+_MASKED = "Guessed with the last joint stage's MLM head: memory-aware training moves the encoder away from it."
 _MEMORY = (
     "RMS of the slots, how much a write changed them, how many directions they span (100 %: all), and how alike two "
     "are. A norm that keeps growing, a rank that falls or slots that all become alike are bad signs."
 )
 _REWARD = "BLEU, closeness in meaning and length of the answers to follow-ups: what MRL would pay a conversation."
-_LATENCY = "Medians of single conversations; each answer is made 16 tokens long."
+_LATENCY = "Medians over single conversations of up to 32 turns; each answer is made 16 tokens long."
 
 
 @dataclass(frozen=True)
 class Section:
-    """One part: the name of its picture, what it is called, how to read it, and its tables."""
+    """One part: the name of its picture if it has one, what it is called, how to read it, and its tables."""
 
-    picture: str
+    picture: str | None
     title: str
     note: str
     tables: Sequence[Table]
@@ -43,13 +46,15 @@ class Section:
 
 def sections(result: Mapping[str, Any]) -> list[Section]:
     """Recall first, then what else was measured."""
-    how = _RECALL if result["free_running"] is None else f"{_RECALL} {_FORCED}"
+    told, reset = arms(result)
+    how = [_RECALL.format(told=told, reset=reset), *([] if result["free_running"] is None else [_WAYS])]
+    worth = [follow_up_gain(result), LEFT_OUT_NOTE if is_thinned(result["by_turn"]) else ""]
     found = [
-        Section("recall", recall_title(result), how, recall_tables(result)),
+        Section("recall", recall_title(result), " ".join(how), recall_tables(result)),
         Section(
             "turns",
-            "Answer tokens, the references remembered",
-            follow_up_gain(result),
+            "Answer tokens, teacher-forced",
+            " ".join(part for part in worth if part),
             [answer_table(result), turn_table(result)],
         ),
     ]
@@ -58,7 +63,7 @@ def sections(result: Mapping[str, Any]) -> list[Section]:
     if result["memory"] is not None:
         found.append(Section("memory", "Memory from write to write", _MEMORY, memory_tables(result)))
     if result["masked"] is not None:
-        found.append(Section("masked", "Hidden tokens of whole interactions", _MASKED, [masked_table(result)]))
+        found.append(Section(None, "Hidden tokens of whole interactions", _MASKED, [masked_table(result)]))
     if result["latency"]:
         found.append(Section("latency", "Time of a turn", _LATENCY, [latency_table(result)]))
     return found

@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
+from rxt_platform.evaluation.intervals import FEWEST
 from rxt_platform.tables import Table
 
 COSINE_KIND = "memory_pretraining"
@@ -16,7 +17,8 @@ COSINE_KIND = "memory_pretraining"
 LOSS_NOTE = "Loss is in nats per token; that of memory pre-training is a negative cosine, -1 at best."
 
 _DASH = "–"
-_TOKEN_COLUMNS = ("loss", "95 % interval", "perplexity", "accuracy", "95 % interval", "tokens")
+_TOKEN_COLUMNS = ("loss", "95 % CI", "perplexity", "accuracy", "95 % CI", "tokens")
+_MASKED_COLUMNS = ("loss", "95 % CI", "accuracy", "95 % CI", "tokens")
 _WHOLE = 16  # rows of a long table before some are left out
 
 Result = Mapping[str, Any]
@@ -51,7 +53,8 @@ def recall_title(result: Result) -> str:
     return "Follow-ups answered word for word (no row says what they ask for)"
 
 
-UNKNOWN_NOTE = f"{_DASH}: not measured, or too few conversations to say how far a number may be off."
+UNKNOWN_NOTE = f"95 % CI: over conversations; {_DASH} where fewer than {FEWEST} have something to say."
+LEFT_OUT_NOTE = "Not all turns are shown; --json has them."
 
 
 def scope(result: Result) -> str:
@@ -85,8 +88,8 @@ def recall_tables(result: Result) -> list[Table]:
         ways = [(name, one["recall_overall"]) for name, one in _ways(result)]
         if len(result["recall_by_teller"]) > 1:  # what a reference answer told, a model's own may not have
             for teller in ("user", "model"):
-                ways += [(f"{name}, {teller} told", one["recall_by_teller"][teller]) for name, one in _ways(result)]
-        tables.append(_shares(result, "answers remembered", ways))
+                ways += [(f"{name}, {teller}'s", one["recall_by_teller"][teller]) for name, one in _ways(result)]
+        tables.append(_shares(result, "memory", ways))
     return tables
 
 
@@ -95,6 +98,7 @@ def _shares(result: Result, kind: str, named: Sequence[tuple[str, Result]]) -> T
         [
             label,
             percent(entry["with_memory"]),
+            spread(entry["intervals"]["with_memory"], percent),
             percent(entry["reset"]),
             points(entry["gain"]),
             spread(entry["intervals"]["gain"], points),
@@ -102,13 +106,14 @@ def _shares(result: Result, kind: str, named: Sequence[tuple[str, Result]]) -> T
         ]
         for label, entry in named
     ]
-    return Table([kind, *arms(result), "gain", "95 % interval", "questions"], rows)
+    told, reset = arms(result)
+    return Table([kind, told, "95 % CI", reset, "gain", "95 % CI", "questions"], rows)
 
 
 def _ways(result: Result) -> list[tuple[str, Result]]:
     """What the memory held: the reference answers, and the model's own, if tried."""
     own = result["free_running"]
-    return [("references", result), *([("its own", own)] if own is not None else [])]
+    return [("teacher-forced", result), *([("free-running", own)] if own is not None else [])]
 
 
 def answer_table(result: Result) -> Table:
@@ -118,18 +123,19 @@ def answer_table(result: Result) -> Table:
 
 
 def follow_up_gain(result: Result) -> str:
-    """What the state of the conversation is worth to the answers, in words; empty where nothing is asked twice."""
-    gain = result["follow_up_gain"]
-    if not gain["count"]:
+    """What the memory or the history is worth to the answers, in words; empty where there is none, or no follow-up."""
+    gain, responder = result["follow_up_gain"], result["responder"]
+    if not gain["count"] or responder["history"] == "none":
         return ""
-    what = "its memory" if result["responder"]["kind"] == "reactive" else "its history"
-    known = f" (95 %: {spread(gain['interval'], number)})" if gain["interval"] else ""
-    return f"Each token of a follow-up's answer costs {number(gain['nats'])} nats less with {what} than without{known}."
+    what = "its memory" if responder["kind"] == "reactive" else "its history"
+    known = f" (95 % CI: {spread(gain['interval'], number)})" if gain["interval"] else ""
+    return f"With {what}, a token of a follow-up's answer costs {number(gain['nats'])} nats less on average{known}."
 
 
 def masked_table(result: Result) -> Table:
     """Hidden tokens of whole interactions, as encoder and MLM head guess them."""
-    return Table(["hidden tokens", *_TOKEN_COLUMNS], [_tokens("encoder, MLM head", result["masked"])])
+    label, loss, loss_ci, _, accuracy, accuracy_ci, count = _tokens("encoder, MLM head", result["masked"])
+    return Table(["hidden tokens", *_MASKED_COLUMNS], [[label, loss, loss_ci, accuracy, accuracy_ci, count]])
 
 
 def _tokens(label: str, entry: Result) -> list[str]:
@@ -166,7 +172,7 @@ def reward_table(result: Result) -> Table:
         cells += [number(reward[name]) for name in ("min", "max")]
         cells += [number(value) for value in reward["components"].values()]
         rows.append([label, *cells, f"{reward['conversations']:,}"])
-    header = ["answers remembered", "reward", "95 % interval", "min", "max", "BLEU", "cosine", "length", "talks"]
+    header = ["memory", "reward", "95 % CI", "min", "max", "BLEU", "cosine", "length", "conversations"]
     return Table(header, rows)
 
 
@@ -217,10 +223,15 @@ def _next(distance: str) -> str:
 
 
 def thinned(rows: Sequence[Result]) -> Sequence[Result]:
-    """The first 16 rows of a table by turn, of the others every k-th, and the last: at most 33."""
+    """The first 16 rows of a table by turn, of the others every k-th, and the last: at most 32."""
     later = rows[_WHOLE:]
     step = -(-len(later) // _WHOLE) or 1
     return [*rows[:_WHOLE], *later[step - 1 : -1 : step], *later[-1:]]
+
+
+def is_thinned(rows: Sequence[Result]) -> bool:
+    """Whether a table of these rows leaves some out."""
+    return len(thinned(rows)) < len(rows)
 
 
 def turns(distance: str) -> str:
