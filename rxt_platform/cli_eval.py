@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @click.command("eval")
 @click.argument("model")
-@click.option("--data", required=True, help="JSON lines: {query, answer, interactions: [{query, answer}, ...]}.")
+@click.option("--data", required=True, metavar="FILE", help="Conversations: JSON lines, Parquet, CSV, or hf:NAME.")
 @click.option("--limit", type=click.IntRange(min=1), help="Use only the first conversations.")
 @click.option(
     "--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of all that is drawn at random."
@@ -24,11 +24,13 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
 @click.option("--report", metavar="FILE.html", help="Also write a page with pictures that needs no other file.")
 @click.option("--history", type=click.Choice(["full", "none"]), help="What a stateless model reads.  [default: full]")
+@click.option("--window", type=click.IntRange(min=9), help="Tokens of an interaction.  [default: the model's]")
 @click.option(
-    "--window", type=click.IntRange(min=9), help="Tokens of an interaction; for a stateless model, its rival's."
-)
-@click.option(
-    "--too-long", type=click.Choice(["truncate", "quarantine", "fail"]), default="truncate", show_default=True
+    "--too-long",
+    type=click.Choice(["truncate", "quarantine", "fail"]),
+    default="truncate",
+    show_default=True,
+    help="What becomes of an interaction beyond the window: its end is cut, its conversation left out, or an error.",
 )
 @click.option("--no-free-running", is_flag=True, help="Don't also hold the conversations with the model's own answers.")
 @click.option(

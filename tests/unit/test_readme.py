@@ -1,7 +1,9 @@
 """Every command in the README is run by CI or a test: a new one must be entered here, with who runs it."""
 
+import json
 import re
 import tomllib
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -11,6 +13,8 @@ from rxt_platform.config.data import DataConfig
 from rxt_platform.config.run import ResourcesConfig
 from rxt_platform.config.stages import StageConfig
 from rxt_platform.config.training import TrainingConfig
+from rxt_platform.data.rows import Conversation, Recall, parse_row
+from rxt_platform.evaluation import evaluate
 from tests.support import ROOT
 
 RUN_BY = {
@@ -76,6 +80,27 @@ def test_the_readme_s_stages_are_valid() -> None:
         "memory_pretraining",
         "memory_aware",
     ]
+
+
+def test_the_readme_s_example_of_an_evaluation_has_its_layout() -> None:
+    """Every key stands in the layout that `Evaluation` documents."""
+    layout = Path(evaluate.__file__).read_text()
+    shown, _ = json_blocks()
+    assert set(shown) >= {"answer_tokens", "recall", "follow_up_gain"}
+    names = [*shown, *shown["answer_tokens"], *shown["recall"]["1"], *shown["follow_up_gain"]]
+    assert [name for name in names if name not in layout] == []
+
+
+def test_the_readme_s_conversation_is_a_valid_row() -> None:
+    _, row = json_blocks()
+    parsed = parse_row("conversation", row)
+    assert isinstance(parsed, Conversation)
+    assert parsed.interactions[1].recall == Recall(("kite",), 1, False)
+
+
+def json_blocks() -> list[dict[str, Any]]:
+    """The README's."""
+    return [json.loads(block) for block in re.findall(r"```json\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)]
 
 
 def yaml_blocks() -> list[dict[str, Any]]:
