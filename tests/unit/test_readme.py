@@ -100,7 +100,9 @@ def test_the_readme_s_conversation_is_a_valid_row() -> None:
 
 def json_blocks() -> list[dict[str, Any]]:
     """The README's."""
-    return [json.loads(block) for block in re.findall(r"```json\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)]
+    return [
+        json.loads(block) for block in re.findall(r"```json\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    ]
 
 
 def yaml_blocks() -> list[dict[str, Any]]:

@@ -87,10 +87,10 @@ def test_recall_is_shown_by_range_and_by_who_told_where_both_occur() -> None:
     own = {**KITES["free_running"], "recall_by_teller": {"user": recalled(0.6, 0.1, 7), "model": recalled(0.7, 0.1, 8)}}
     for lines in _shown({**REPORT, **both, "free_running": own}):
         assert "only unrelated 20.0 % 15.0 to 25.0 % 10.0 % +10.0 pt +5.0 to +15.0 pt 5" in lines
-        assert "teacher-forced, user's 40.0 % 35.0 to 45.0 % 10.0 % +30.0 pt +25.0 to +35.0 pt 7" in lines
-        assert "free-running, user's 60.0 % 55.0 to 65.0 % 10.0 % +50.0 pt +45.0 to +55.0 pt 7" in lines
-        assert "teacher-forced, model's 50.0 % 45.0 to 55.0 % 10.0 % +40.0 pt +35.0 to +45.0 pt 8" in lines
-        assert "free-running, model's 70.0 % 65.0 to 75.0 % 10.0 % +60.0 pt +55.0 to +65.0 pt 8" in lines
+        assert "teacher-forced, by user 40.0 % 35.0 to 45.0 % 10.0 % +30.0 pt +25.0 to +35.0 pt 7" in lines
+        assert "free-running, by user 60.0 % 55.0 to 65.0 % 10.0 % +50.0 pt +45.0 to +55.0 pt 7" in lines
+        assert "teacher-forced, by model 50.0 % 45.0 to 55.0 % 10.0 % +40.0 pt +35.0 to +45.0 pt 8" in lines
+        assert "free-running, by model 70.0 % 65.0 to 75.0 % 10.0 % +60.0 pt +55.0 to +65.0 pt 8" in lines
     for lines in _shown(REPORT):
         assert not any(line.startswith(("only unrelated", "teacher-forced, ", "free-running, ")) for line in lines)
 

@@ -22,9 +22,9 @@ from rxt_platform.tables import Table
 
 _WAYS = (
     "Teacher-forced: the reference answers are remembered, so that a mistake counts once. Free-running: the model's "
-    "own answers are, as in a chat; a fact that the model's side told (model's, not user's) may then never be told."
+    "own answers are, as in a chat: a fact that only a reference answer tells is then never told."
 )
-_RECALL = "Each question is asked with {told} and again with {reset}; gain is the difference."
+_RECALL = "Each question is asked again with {reset}; gain is the difference."
 _MASKED = "Guessed with the last joint stage's MLM head: memory-aware training moves the encoder away from it."
 _MEMORY = (
     "RMS of the slots, how much a write changed them, how many directions they span (100 %: all), and how alike two "
@@ -46,8 +46,7 @@ class Section:
 
 def sections(result: Mapping[str, Any]) -> list[Section]:
     """Recall first, then what else was measured."""
-    told, reset = arms(result)
-    how = [_RECALL.format(told=told, reset=reset), *([] if result["free_running"] is None else [_WAYS])]
+    how = [_RECALL.format(reset=arms(result)[1]), *([] if result["free_running"] is None else [_WAYS])]
     worth = [follow_up_gain(result), LEFT_OUT_NOTE if is_thinned(result["by_turn"]) else ""]
     found = [
         Section("recall", recall_title(result), " ".join(how), recall_tables(result)),

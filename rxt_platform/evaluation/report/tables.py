@@ -88,8 +88,8 @@ def recall_tables(result: Result) -> list[Table]:
         ways = [(name, one["recall_overall"]) for name, one in _ways(result)]
         if len(result["recall_by_teller"]) > 1:  # what a reference answer told, a model's own may not have
             for teller in ("user", "model"):
-                ways += [(f"{name}, {teller}'s", one["recall_by_teller"][teller]) for name, one in _ways(result)]
-        tables.append(_shares(result, "memory", ways))
+                ways += [(f"{name}, by {teller}", one["recall_by_teller"][teller]) for name, one in _ways(result)]
+        tables.append(_shares(result, "memory, told by" if len(ways) > 2 else "memory", ways))
     return tables
 
 
