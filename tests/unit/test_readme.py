@@ -22,6 +22,7 @@ RUN_BY = {
     ".venv/bin/rxt chat": "dist/test_pipeline.py::test_chat_shows_when_memory_is_written",
     ".venv/bin/rxt plan": "dist/test_pipeline.py::test_plan_starts_nothing",
     ".venv/bin/rxt run pipelines/configs/quickstart.yaml": "dist/test_cluster.py, unit/test_bad_input.py",
+    ".venv/bin/rxt run pipelines/configs/recall.yaml": "dist/test_recipes.py; dist/test_pipeline.py has a baseline",
     ".venv/bin/rxt run pipelines/configs/tinystories.yaml": "dist/test_real_data.py",
     ".venv/bin/rxt eval": "dist/test_pipeline.py::test_eval_measures_any_conversation_file",
     ".venv/bin/rxt models": "dist/test_pipeline.py::test_models_lists_exact_counts",
