@@ -148,6 +148,18 @@ def test_spike_is_rolled_back_and_its_batches_left_out(new_jobs: NewJobs) -> Non
     assert [row["step"] for row in jobs.history(STAGE)] == list(range(1, 41))
 
 
+def test_what_was_measured_after_the_rollback_s_checkpoint_does_not_count_twice(new_jobs: NewJobs) -> None:
+    """A threshold that nothing reaches: the stage ends 33 measurements after its first, as without a spike."""
+    guard = "training.spike_guard={window: 20, skip: 2, factor: 20}"
+    early = "stages.sft.early_stopping={every: 1, patience: 33, threshold: 100}"
+    jobs = new_sft(new_jobs, guard, early, "training.checkpoints.every=2", "stages.sft.global_batch_size=4")
+    done = run_faulty(jobs, "spike", rank=1, step=28)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "back to step 26, on without steps [27, 28]" in done.stderr
+    assert [row["step"] for row in jobs.history(STAGE)] == list(range(1, 35))
+    assert read_manifest(jobs.jobs[STAGE].output).metrics["steps"] == 34
+
+
 def test_rollbacks_come_to_an_end(new_jobs: NewJobs) -> None:
     """The loss stays high from step 28 on: what was left out stays left out, and the budget is kept."""
     guard = "training.spike_guard={window: 20, skip: 1, factor: 20, rollbacks: 2}"
