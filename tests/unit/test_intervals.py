@@ -82,6 +82,12 @@ def test_what_was_always_right_may_still_be_wrong(value: float) -> None:
     assert 0.75 < low < high == 1.0
 
 
+def test_answers_that_are_more_even_than_chance_tell_no_more_than_independent_ones() -> None:
+    """Five of ten right in each conversation."""
+    independent = 2 * 1.96 * (0.25 / 600) ** 0.5
+    assert width(share(np.full(60, 5), np.full(60, 10))) == pytest.approx(independent, rel=0.05)
+
+
 def test_one_mistake_more_changes_little() -> None:
     asked = np.full(200, 10.0)
     lows = []

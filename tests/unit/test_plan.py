@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from rxt_platform.errors import ArtifactError
-from rxt_platform.orchestration import runner
+from rxt_platform.orchestration import plan, runner
 from rxt_platform.orchestration.plan import build_plan, last_trained
 from tests.support import small_run
 
@@ -40,6 +40,16 @@ def test_the_reward_s_model_is_identified_by_its_weights_not_by_its_place(tmp_pa
     (tmp_path / "other/config.json").write_text('{"architectures": ["StatelessTransformer"]}')
     with pytest.raises(ArtifactError, match=r"evaluation.reward_model: .*StatelessTransformer.*not RxTAlpha"):
         fingerprints(f"evaluation.reward_model={tmp_path / 'other'}", storage=tmp_path)
+
+
+def test_how_results_are_shown_is_no_part_of_an_evaluation_s_identity(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Path] = []
+    content = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: (read.append(path), content(path))[1])
+    plan._code.__wrapped__(("evaluation",))
+    names = {path.name for path in read}
+    assert {"evaluate.py", "intervals.py", "conversations.py"} <= names
+    assert not {"report.py", "tables.py", "pictures.py"} & names
 
 
 def test_a_baseline_adds_its_steps_and_changes_none_but_the_evaluation(tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ REFERENCE = "Tom has a kite and he lives near the river."
         ("我住在东京。", ("东京",), True),  # no spaces between words
         ("我住在北京。", ("东京",), False),
         ("서울에 살아요.", ("서울",), True),
+        ("Tom 住在东京。", ("Tom 北京",), False),
         ("At the Cafe\u0301.", ("Café",), True),  # one letter, or a letter and an accent
     ],
 )

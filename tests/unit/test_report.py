@@ -158,7 +158,8 @@ def _tiles(page: str) -> dict[str, str]:
 
 def test_the_figures_to_look_at_first_are_on_top_of_the_page() -> None:
     page = render_html(REPORT, PICTURES)
-    assert _tiles(page) == {"gain": "+57.5 pt", "memory": "80.0 %", "own": "62.5 %", "reset": "22.5 %"}
+    tiles = {"gain": "+57.5 pt", "memory": "80.0 %", "own": "62.5 %", "reset": "22.5 %"}
+    assert list(_tiles(page).items()) == list(tiles.items())
     assert "Of 40 questions about facts told in an earlier turn" in page
     plain = render_html(
         {**REPORT, "free_running": None, "questions": {"kind": "follow-ups", "conversations": 2}}, PICTURES
@@ -185,7 +186,9 @@ def test_report_without_questions_says_so_and_is_strict_json(tmp_path: Path) -> 
     assert stored["recall_overall"] == UNASKED
     assert render_table(stored) == render_table(report)
     assert "nan" not in render_table(report)
-    assert "recall was not measured" in (tmp_path / "report.html").read_text()
+    page = (tmp_path / "report.html").read_text()
+    assert "recall was not measured" in page
+    assert "2 conversations, 4 turns; cut to 100 tokens" in page
     assert draw_evaluation(report)["recall"] != draw_evaluation(REPORT)["recall"]
 
 
@@ -253,6 +256,13 @@ def test_what_the_memory_saves_is_said_in_words() -> None:
         assert "nats less" not in " ".join(lines)
     off = {**REPORT["responder"], "kind": "stateless", "history": "none"}
     assert "nats less" not in render_evaluation({**KITES, "responder": off})
+
+
+def test_a_table_that_leaves_turns_out_says_so() -> None:
+    row = KITES["by_turn"][0]
+    long = {**KITES, "by_turn": [{**row, "turn": turn} for turn in range(1, 41)]}
+    assert "Not all turns are shown" in render_evaluation(long)
+    assert "Not all turns are shown" not in render_evaluation(KITES)
 
 
 def test_without_answer_keys_nothing_is_called_recall_of_facts() -> None:
