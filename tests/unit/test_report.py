@@ -247,11 +247,13 @@ def test_what_was_measured_and_what_was_lost_of_it_is_said() -> None:
 
 def test_what_the_memory_saves_is_said_in_words() -> None:
     for lines in _shown(REPORT):
-        said = "a token of a follow-up's answer costs 1.400 nats less on average (95 % CI: 1.250 to 1.500)."
-        assert f"With its memory, {said}" in " ".join(lines)
+        said = "With its memory, a token of a follow-up's answer costs 1.400 nats less on average"
+        assert f"{said} (95 % CI of what is saved: 1.250 to 1.500)." in " ".join(lines)
     one = {**REPORT, "follow_up_gain": {"nats": 1.4, "interval": None, "count": 3}}
     for lines in _shown(one):
         assert "costs 1.400 nats less on average." in " ".join(lines)
+    for lines in _shown({**REPORT, "follow_up_gain": {"nats": -0.5, "interval": None, "count": 3}}):
+        assert "costs 0.500 nats more on average." in " ".join(lines), "a memory that disturbs"
     for lines in _shown({**REPORT, "follow_up_gain": {"nats": None, "interval": None, "count": 0}}):
         assert "nats less" not in " ".join(lines)
     off = {**REPORT["responder"], "kind": "stateless", "history": "none"}

@@ -128,8 +128,9 @@ def follow_up_gain(result: Result) -> str:
     if not gain["count"] or responder["history"] == "none":
         return ""
     what = "its memory" if responder["kind"] == "reactive" else "its history"
-    known = f" (95 % CI: {spread(gain['interval'], number)})" if gain["interval"] else ""
-    return f"With {what}, a token of a follow-up's answer costs {number(gain['nats'])} nats less on average{known}."
+    known = f" (95 % CI of what is saved: {spread(gain['interval'], number)})" if gain["interval"] else ""
+    change = f"{number(abs(gain['nats']))} nats {'less' if gain['nats'] >= 0 else 'more'}"
+    return f"With {what}, a token of a follow-up's answer costs {change} on average{known}."
 
 
 def masked_table(result: Result) -> Table:
