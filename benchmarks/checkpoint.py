@@ -20,7 +20,8 @@ import torch
 from timing import Machine, machine_options, report
 
 from rxt_platform.config.loading import load_preset, preset_names
-from rxt_platform.config.stages import JointPretrainingConfig, OptimizerConfig
+from rxt_platform.config.stage_base import OptimizerConfig
+from rxt_platform.config.stages import JointPretrainingConfig
 from rxt_platform.config.training import CheckpointConfig, TrainingConfig
 from rxt_platform.data.examples import Example
 from rxt_platform.data.sampler import BatchSampler, Sampling

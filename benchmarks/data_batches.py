@@ -23,7 +23,8 @@ from timing import Machine, interleaved, machine_options, report, spread
 
 from rxt_platform.config.data import DataConfig, Section
 from rxt_platform.config.loading import load_preset, preset_names
-from rxt_platform.config.stages import JointPretrainingConfig, OptimizerConfig
+from rxt_platform.config.stage_base import OptimizerConfig
+from rxt_platform.config.stages import JointPretrainingConfig
 from rxt_platform.data.batches import Batch, collate
 from rxt_platform.data.corpus import build_corpus, training_texts
 from rxt_platform.data.examples import RowEncoder

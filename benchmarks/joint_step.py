@@ -27,7 +27,8 @@ from timing import Machine, gemm_flops, interleaved, machine_options, ratio, rep
 from torch import Tensor
 
 from rxt_platform.config.loading import load_preset, preset_names
-from rxt_platform.config.stages import JointPretrainingConfig, OptimizerConfig
+from rxt_platform.config.stage_base import OptimizerConfig
+from rxt_platform.config.stages import JointPretrainingConfig
 from rxt_platform.data.batches import Batch
 from rxt_platform.data.examples import Example
 from rxt_platform.data.sampler import BatchSampler, Sampling

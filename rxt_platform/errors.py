@@ -52,6 +52,10 @@ class TrainingError(RxtError):
     """Training stopped: a loss that is not finite, a worker that failed for good."""
 
 
+class RewardError(RxtError):
+    """Rewards or values could not be had, or not of the version that was asked for; training never goes on without."""
+
+
 class StoppedError(RxtError):
     """Training was asked to stop (SIGTERM, Ctrl-C) and did so with a checkpoint: the same command goes on."""
 

@@ -64,6 +64,9 @@ def describe(error: ValidationError, model: type[BaseModel], raw: Any = None) ->
     return "; ".join(lines) + more
 
 
+_MERGE = "tag:yaml.org,2002:merge"
+
+
 class _UniqueKeyLoader(yaml.SafeLoader):
     """A safe loader for which a key that stands twice is an error, not the last one's win."""
 
@@ -71,6 +74,8 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 def _unique_mapping(loader: _UniqueKeyLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: set[Any] = set()
     for key_node, _ in node.value:
+        if key_node.tag == _MERGE:
+            continue
         key = loader.construct_object(key_node, deep=True)
         if not isinstance(key, str | int | float | bool | None):
             raise yaml.constructor.ConstructorError(None, None, "a key must be plain text", key_node.start_mark)
@@ -109,13 +114,19 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     except yaml.YAMLError as error:
         raise ConfigError(f"override {override!r}: the value is not YAML: {getattr(error, 'problem', error)}") from None
     *parents, last = key.split(".")
-    node = raw
+    node: Any = raw
     for parent in parents:
-        child = node.setdefault(parent, {})
-        if not isinstance(child, dict):
+        node = node[_place(node, parent, override)] if isinstance(node, list) else node.setdefault(parent, {})
+        if not isinstance(node, dict | list):
             raise ConfigError(f"override {override!r}: '{parent}' holds a value, not a section")
-        node = child
-    node[last] = value
+    node[_place(node, last, override) if isinstance(node, list) else last] = value
+
+
+def _place(items: list[Any], key: str, override: str) -> int:
+    """The element of a list that a part of a path means: its number, from 0."""
+    if not key.isdecimal() or int(key) >= len(items):
+        raise ConfigError(f"override {override!r}: '{key}' is no element of a list of {len(items)}, numbered from 0")
+    return int(key)
 
 
 def _preset(name: Any) -> dict[str, Any]:

@@ -8,7 +8,10 @@ from pydantic import Field, model_validator
 from rxt_platform.config.base import Spec
 from rxt_platform.config.data import DataConfig
 from rxt_platform.config.model import ModelConfig
+from rxt_platform.config.mrl import EpisodeConfig
 from rxt_platform.config.rewards import RewardConfig
+from rxt_platform.config.serving import ServiceConfig
+from rxt_platform.config.stage_base import ConversationStage
 from rxt_platform.config.stages import MemoryAwareConfig, MemoryPretrainingConfig, StageConfig
 from rxt_platform.config.training import TrainingConfig
 
@@ -73,6 +76,9 @@ class RunConfig(Spec):
     )
     training: TrainingConfig = TrainingConfig()
     resources: ResourcesConfig = ResourcesConfig()
+    critic_service: ServiceConfig | None = Field(
+        None, description="rewards and values of MRL come from a Ray Serve deployment; without, from the workers"
+    )
     evaluation: EvaluationConfig = EvaluationConfig()
     tracking: TrackingConfig = TrackingConfig()
 
@@ -123,6 +129,27 @@ class RunConfig(Spec):
         return self
 
     @model_validator(mode="after")
+    def _episodes_are_held_by_a_trained_model(self) -> Self:
+        name, stage = next(iter(self.stages.items()))
+        if isinstance(stage, EpisodeConfig) and stage.start_from is None:
+            raise ValueError(
+                f"stages.{name}: {stage.kind} needs a model that can answer: put the supervised stages before it, or "
+                "give start_from"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _sources_exist(self) -> Self:
+        there = len(self.data.conversations)
+        for name, stage in self.stages.items():
+            asked = stage.sources if isinstance(stage, ConversationStage) else None
+            if missing := [one for one in asked or [] if not 0 <= one < there]:
+                raise ValueError(
+                    f"stages.{name}.sources: {missing[0]}: data.conversations has {there} sources, numbered from 0"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _only_the_first_stage_starts_elsewhere(self) -> Self:
         for name, stage in list(self.stages.items())[1:]:
             if stage.start_from is not None:
@@ -159,7 +186,7 @@ class RunConfig(Spec):
 
 def trains_without_memory(stage: StageConfig) -> bool:
     """Whether the stateless baseline takes part in a stage: all but those of encoder or memory attention alone."""
-    if isinstance(stage, MemoryPretrainingConfig):
+    if isinstance(stage, MemoryPretrainingConfig | EpisodeConfig):
         return False
     return isinstance(stage, MemoryAwareConfig) or stage.trains != "encoder"
 

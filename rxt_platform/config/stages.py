@@ -1,91 +1,15 @@
 """What a training stage is told: one class for each kind, each with its own optimisation settings (REF section 3)."""
 
-from abc import ABC, abstractmethod
 from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from rxt_platform.config.base import Spec
 from rxt_platform.config.data import Section
+from rxt_platform.config.mrl import CriticPretrainingConfig, MemoryRLConfig
+from rxt_platform.config.stage_base import ConversationStage, Share, StageBase
 
-Share = Annotated[float, Field(ge=0, le=1)]
-Beta = Annotated[float, Field(ge=0, lt=1)]
-Component = Literal["embedding", "encoder", "mlm_head", "decoder", "memory_cross_attention", "head", "memory_attention"]
-"""`head` is the decoder's, `mlm_head` the masked encoder's."""
 Trains = Literal["both", "encoder", "decoder"]
-
-
-class StartFrom(Spec):
-    """A model made elsewhere that a stage starts from, instead of the stage before it."""
-
-    artifact: str = Field(description="directory of a model artifact")
-    sha256: str | None = Field(None, description="the artifact's content hash, if it must be exactly that one")
-
-
-class OptimizerConfig(Spec):
-    """AdamW with a learning rate that warms up linearly and decays over the stage."""
-
-    learning_rate: float = Field(gt=0)
-    learning_rate_scale: dict[Component, Annotated[float, Field(ge=0)]] = Field(
-        default_factory=dict, description="factor on the learning rate of single components; 1 if not given"
-    )
-    schedule: Literal["cosine", "wsd", "constant"] = Field(
-        "cosine", description="after the warm-up: half a cosine; stable, then a linear decay (WSD); or no decay"
-    )
-    warmup: Share = Field(0.05, description="share of the steps")
-    decay: Share = Field(0.2, description="share of the steps that WSD's decay takes")
-    final: Share = Field(0.0, description="what the rate decays to, as a share of learning_rate")
-    weight_decay: float = Field(0.01, ge=0)
-    betas: tuple[Beta, Beta] = (0.9, 0.95)
-    gradient_clip: float = Field(1.0, gt=0, description="largest global gradient norm")
-
-    @model_validator(mode="after")
-    def _warmup_ends_before_the_decay(self) -> Self:
-        if self.schedule == "wsd" and self.warmup + self.decay > 1:
-            raise ValueError(f"warmup {self.warmup:g} and decay {self.decay:g} are more than all steps")
-        return self
-
-
-class EarlyStopping(Spec):
-    """The stage ends when a held-out metric has not improved for a while: it has converged.
-
-    Counted from the last change of phase or lesson on. The learning rate's schedule is that of the whole stage, and
-    what is handed on are its last weights; `training.checkpoints.best` keeps the best ones beside them.
-    """
-
-    every: int = Field(gt=0, description="steps between two measurements")
-    patience: int = Field(3, gt=0, description="measurements without an improvement after which the stage ends")
-    threshold: float = Field(0.0, ge=0, description="a smaller improvement on the best is none")
-    metric: str = Field("loss", description="a held-out metric of the stage")
-    highest: bool = Field(False, description="the best is the highest, not the lowest")
-
-
-class StageBase(Spec, ABC):
-    """What every stage has."""
-
-    section: ClassVar[Section]  # of the corpus that it trains on
-
-    epochs: float = Field(gt=0, description="passes over the stage's rows; fractions are allowed")
-    global_batch_size: int = Field(gt=0, description="rows of one optimizer step, over all workers")
-    micro_batch_size: int | None = Field(
-        None, gt=0, description="rows of one forward on one worker, all of like length; by default what costs least"
-    )
-    optimizer: OptimizerConfig
-    early_stopping: EarlyStopping | None = None
-    start_from: StartFrom | None = None
-
-    @property
-    @abstractmethod
-    def metrics(self) -> tuple[str, ...]:
-        """What is measured on held-out rows."""
-
-    @model_validator(mode="after")
-    def _stopping_is_measured(self) -> Self:
-        if self.early_stopping is not None and self.early_stopping.metric not in self.metrics:
-            raise ValueError(
-                f"early_stopping.metric {self.early_stopping.metric!r} is not measured: use {', '.join(self.metrics)}"
-            )
-        return self
 
 
 class JointLossConfig(Spec):
@@ -206,10 +130,8 @@ class LabelWeights(Spec):
     random_factor: Share = 0.15
 
 
-class MemoryPretrainingConfig(StageBase):
+class MemoryPretrainingConfig(ConversationStage):
     """Stage 3: memory attention learns to hold what the (frozen) encoder says; negative cosine to mixed targets."""
-
-    section: ClassVar[Section] = "conversations"
 
     kind: Literal["memory_pretraining"]
     label_weights: LabelWeights = LabelWeights()
@@ -231,10 +153,8 @@ class Lesson(Spec):
     epochs: float = Field(gt=0)
 
 
-class MemoryAwareConfig(StageBase):
+class MemoryAwareConfig(ConversationStage):
     """Stage 4: whole conversations in one forward, gradient through the memory writes (REF 3.4, DESIGN 4)."""
-
-    section: ClassVar[Section] = "conversations"
 
     kind: Literal["memory_aware"]
     bptt_window: Annotated[int, Field(gt=0)] | Literal["all"] = Field(
@@ -274,6 +194,11 @@ class MemoryAwareConfig(StageBase):
 
 
 StageConfig = Annotated[
-    JointPretrainingConfig | InteractionSFTConfig | MemoryPretrainingConfig | MemoryAwareConfig,
+    JointPretrainingConfig
+    | InteractionSFTConfig
+    | MemoryPretrainingConfig
+    | MemoryAwareConfig
+    | CriticPretrainingConfig
+    | MemoryRLConfig,
     Field(discriminator="kind"),
 ]

@@ -72,18 +72,33 @@ class Batch:
         have, every worker takes its part: all do the same amount of work on the same shapes at the same time.
         """
         for start in range(0, len(self.rows), world * micro):
-            yield self._trimmed(start, start + world * micro).part(rank * micro, (rank + 1) * micro)
+            yield self.part(start, start + world * micro).trimmed().part(rank * micro, (rank + 1) * micro)
 
-    def _trimmed(self, start: int, stop: int) -> "Batch":
-        """Rows start..stop, without turns and positions that none of them has."""
-        rows = self.part(start, stop)
-        turns = int(rows.turns.sum(dim=1).max())
-        lengths = rows.mask[:, :turns].sum(dim=-1).amax(dim=0).tolist()
-        kept = {name: value[:, :turns] for name, value in rows._tensors() if name in (*_BY_TOKEN, "turns")}
+    def trimmed(self) -> "Batch":
+        """Without turns and positions that none of its rows has."""
+        turns = int(self.turns.sum(dim=1).max())
+        lengths = self.mask[:, :turns].sum(dim=-1).amax(dim=0).tolist()
+        kept = {name: value[:, :turns] for name, value in self._tensors() if name in (*_BY_TOKEN, "turns")}
         kept |= {name: kept[name][:, :, : max(lengths)] for name in _BY_TOKEN}
-        if rows.documents is not None:
-            kept["documents"] = rows.documents[:, : max(lengths)]
-        return replace(rows, turn_lengths=tuple(lengths), **kept)
+        if self.documents is not None:
+            kept["documents"] = self.documents[:, : max(lengths)]
+        return replace(self, turn_lengths=tuple(lengths), **kept)
+
+    def rows_at(self, index: Tensor) -> "Batch":
+        """The rows at `index` int64 [rows], in this order; the totals stay those of the global batch."""
+        return replace(self, **{name: value[index] for name, value in self._tensors()})
+
+    def as_global(self) -> "Batch":
+        """These rows, none of them packed, as a global batch of their own."""
+        return replace(
+            self,
+            total_rows=len(self.rows),
+            total_texts=len(self.rows),
+            total_targets=int(self.targets.sum()),
+            total_hidden=int(self.hidden.sum()),
+            total_turns=int(self.turns.sum()),
+            longest=int(self.mask.sum(dim=-1).max()),
+        )
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on a device."""

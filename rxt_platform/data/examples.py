@@ -91,6 +91,31 @@ class ExampleSet(Sequence[Example]):
         return f"row {index}"
 
 
+class Selected(ExampleSet):
+    """Some rows of a set, each cut to its first `turns` turns."""
+
+    def __init__(self, rows: ExampleSet, index: np.ndarray, turns: int | None = None) -> None:
+        super().__init__(rows)
+        self._index, self._turns, self._of = index, turns, rows
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[at] for at in range(*index.indices(len(self)))]
+        return self._of[int(self._index[index])].first_turns(self._turns)
+
+    @property
+    def sources(self) -> np.ndarray:
+        """See `ExampleSet`."""
+        return self._of.sources[self._index]
+
+    def place(self, index: int) -> str:
+        """See `ExampleSet`."""
+        return self._of.place(int(self._index[index]))
+
+
 @dataclass(frozen=True)
 class RowEncoder:
     """Makes examples for a window of `max_length` tokens; `too_long` is the policy for interactions that don't fit."""

@@ -68,6 +68,11 @@ class BatchSampler:
         return max(1, round(epochs * self.rows / self.global_batch_size))
 
     @property
+    def resumable_every(self) -> int:
+        """Steps after which training can go on from the weights alone: every one."""
+        return 1
+
+    @property
     def changes(self) -> list[int]:
         """Steps from which on conversations are cut elsewhere than before."""
         return [end for end, _ in self._lessons]
@@ -142,6 +147,31 @@ class BatchSampler:
             has = counts > turn
             longest[has] = np.maximum(longest[has], self._lengths[starts[has] + turn])
         return longest, counts
+
+
+class EpisodeSampler(BatchSampler):
+    """Conversations that are held before they are trained on: each batch of them is trained on in `updates` steps."""
+
+    def __init__(self, examples: Sequence[Example], sampling: Sampling, updates: int) -> None:
+        self.updates = updates
+        self._held: tuple[int, Batch] | None = None
+        super().__init__(examples, sampling)
+
+    @property
+    def resumable_every(self) -> int:
+        """See `BatchSampler`: what was collected is not kept, but collected again from the weights of its start."""
+        return self.updates
+
+    def steps(self, epochs: float) -> int:
+        """Steps that `epochs` passes over the conversations take: whole collections."""
+        return super().steps(epochs) * self.updates
+
+    def global_batch(self, step: int) -> Batch:
+        """The conversations of a step's collection."""
+        number = step // self.updates
+        if self._held is None or self._held[0] != number:
+            self._held = number, super().global_batch(number)
+        return self._held[1]
 
 
 class _EpochPlan:

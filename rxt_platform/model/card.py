@@ -105,7 +105,11 @@ def _figures(figures: Figures) -> list[str]:
         lines.append(
             f"| {name} | {tokens.loss:.3f} | {tokens.perplexity:.3f} | {tokens.accuracy:.1%} | {tokens.count:,} |"
         )
-    lines += ["", "| stage | steps | held-out loss before | after |", "|---|---|---|---|"]
+    lines += ["", "| stage | steps | held out | before | after |", "|---|---|---|---|---|"]
     for stage in figures.stages:
-        lines.append(f"| {stage.name} | {stage.steps} | {stage.loss_before:.3f} | {stage.loss_after:.3f} |")
+        measured = dict(stage.held_out or {})
+        if stage.loss_before is not None and stage.loss_after is not None:
+            measured["loss"] = (stage.loss_before, stage.loss_after)
+        for name, (before, after) in measured.items():
+            lines.append(f"| {stage.name} | {stage.steps} | {name.replace('_', ' ')} | {before:.3f} | {after:.3f} |")
     return lines

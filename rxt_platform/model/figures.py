@@ -33,12 +33,13 @@ class Recall(BaseModel):
 
 
 class TrainedStage(BaseModel):
-    """A stage's held-out loss."""
+    """A stage's held-out loss; of stages of episodes None, but `held_out` what they measure, before and after."""
 
     name: str
     steps: int
-    loss_before: float
-    loss_after: float
+    loss_before: float | None
+    loss_after: float | None
+    held_out: dict[str, tuple[float, float]] | None = None
 
 
 class Figures(BaseModel):

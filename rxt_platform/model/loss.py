@@ -13,3 +13,14 @@ def target_loss(model: LanguageModel, states: Tensor, ids: Tensor, targets: Tens
     """
     wanted = targets[..., 1:]
     return model.decoder.head(states[..., :-1, :][wanted], ids[..., 1:][wanted])
+
+
+def target_log_probabilities(
+    model: LanguageModel, states: Tensor, ids: Tensor, targets: Tensor, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of each target token, and the entropy where it was drawn, flat [targets] in row-major order.
+
+    Of the whole vocabulary at that temperature; otherwise as `target_loss`.
+    """
+    wanted = targets[..., 1:]
+    return model.decoder.head(states[..., :-1, :][wanted], ids[..., 1:][wanted], temperature)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from rxt_platform.config.model import ModelConfig
-from rxt_platform.config.stages import Component
+from rxt_platform.config.stage_base import Component
 from rxt_platform.model.feedforward import MixtureOfExperts
 from rxt_platform.model.flops import ForwardFlops
 from rxt_platform.model.transformer import ReactiveTransformer
@@ -42,9 +42,11 @@ class ModelSize:
 
 
 def component_of(name: str) -> Component | Literal["frozen"]:
-    """The component of a parameter of `ReactiveTransformer`, by its name; "frozen" is never trained."""
+    """The component of a parameter of a (whole) model, by its name; "frozen" is never trained."""
     if ".frozen_memory." in name:
         return "frozen"
+    if name.startswith("critic."):
+        return "critic_head" if name.startswith("critic.head.") else "critic"
     if name.startswith("embedding."):
         return "embedding"
     if name.startswith("encoder."):
