@@ -213,4 +213,5 @@ def _outcome(tokenizer: RxtTokenizer, talk: Talk, turn: int, row: _Answered, dis
         answer=answer,
         own_answer=own_answer,
         question=question,
+        spans=None if key is None else key.spans,
     )

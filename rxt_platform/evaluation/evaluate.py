@@ -42,7 +42,8 @@ Evaluation = dict[str, Any]
                       {true, false: the same}, recall_by_teller {user, model: the same; who told the asked facts}, all
                       empty where no row carries answer keys; recall_overall one such
     reward            {mean, interval, min, max, components: {bleu, cosine, length}, conversations, scores}: composite
-                      MRL reward of the follow-ups, 0 to 10 unless configured; `scores` by conversation
+                      MRL reward of the follow-ups, 0 to 10 unless configured; `scores` by conversation; a component
+                      `recall` (of questions with an answer key) where it has a weight
     free_running      {recall, recall_by_task, recall_long_range, recall_by_teller, recall_overall, reward} where the
                       memory holds the model's own answers instead of the references; None if turned off. Facts that
                       only a reference answer tells (teller "model") may then never have been told

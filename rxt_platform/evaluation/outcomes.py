@@ -35,7 +35,8 @@ class TurnOutcome:
     """One turn (from 1) of one conversation (from 0).
 
     `tokens` and `tokens_reset` are of the reference answer; `answer` is the greedy one where the memory holds the
-    reference answers of the turns before, `own_answer` where it holds the model's own (None: not asked for).
+    reference answers of the turns before, `own_answer` where it holds the model's own (None: not asked for). `spans` is
+    what an answer key asks for.
     """
 
     conversation: int
@@ -47,3 +48,4 @@ class TurnOutcome:
     answer: str
     own_answer: str | None
     question: Question | None
+    spans: tuple[str, ...] | None

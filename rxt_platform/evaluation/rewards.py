@@ -22,36 +22,47 @@ def reward_entry(
     bootstrap: Bootstrap,
     own: bool = False,
 ) -> dict[str, Any]:
-    """{mean, interval, min, max, components {bleu, cosine, length}, conversations, scores}.
+    """{mean, interval, min, max, components {bleu, cosine, length, and recall if it has a weight}, conversations,
+    scores}.
 
-    A conversation's reward is the mean over its follow-ups; `scores` are those of all conversations that have some,
-    `min` and `max` the extremes. With `own`, of the answers over a memory that holds the model's own earlier answers.
+    A conversation's reward is the mean over its follow-ups, as far as they have one; `scores` are those of all
+    conversations that have some, `min` and `max` the extremes. Every turn is scored in standard mode. With `own`, of
+    the answers over a memory that holds the model's own earlier answers.
     """
+    components = (*_COMPONENTS, "recall") if config.weights.recall else _COMPONENTS
     talks: dict[int, list[TurnOutcome]] = defaultdict(list)
     for outcome in outcomes:
         talks[outcome.conversation].append(outcome)
     numbers = [number for number in sorted(talks) if len(talks[number]) > 1]
-    rows = []
+    scores: dict[int, float] = {}
+    parts: dict[str, list[float]] = {name: [] for name in components}
     for start in range(0, len(numbers), _AT_ONCE):
-        scored = [_scored(talks[number], own) for number in numbers[start : start + _AT_ONCE]]
-        for rewards in score_conversations(scored, config, embedding):
-            parts = [(one.total, one.bleu, one.cosine, one.length) for one in rewards]
-            rows.append(np.mean(parts, axis=0).tolist())
-    if not rows:
-        nothing = dict.fromkeys(("mean", "interval", "min", "max"))
-        return {**nothing, "components": dict.fromkeys(_COMPONENTS), "conversations": 0, "scores": []}
-    scores = [row[0] for row in rows]
-    mean, *components = np.mean(rows, axis=0).tolist()
-    totals = bootstrap.totals(((number, (score, 1)) for number, score in zip(numbers, scores, strict=True)), 2)
+        some = numbers[start : start + _AT_ONCE]
+        scored = score_conversations([_scored(talks[number], own) for number in some], config, embedding)
+        for number, rewards in zip(some, scored, strict=True):
+            if (score := _mean([one.total for one in rewards])) is None:
+                continue
+            scores[number] = score
+            for name in components:
+                if (part := _mean([getattr(one, name) for one in rewards])) is not None:
+                    parts[name].append(part)
+    found = list(scores.values())
+    totals = bootstrap.totals(((number, (score, 1)) for number, score in scores.items()), 2)
     return {
-        "mean": mean,
-        "interval": bootstrap.interval(totals[:, 0], totals[:, 1]),
-        "min": min(scores),
-        "max": max(scores),
-        "components": dict(zip(_COMPONENTS, components, strict=True)),
-        "conversations": len(rows),
-        "scores": scores,
+        "mean": _mean(found),
+        "interval": bootstrap.interval(totals[:, 0], totals[:, 1]) if found else None,
+        "min": min(found, default=None),
+        "max": max(found, default=None),
+        "components": {name: _mean(values) for name, values in parts.items()},
+        "conversations": len(found),
+        "scores": found,
     }
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """Of those there are; None without any."""
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
 
 
 def _scored(turns: Sequence[TurnOutcome], own: bool) -> list[ScoredTurn]:
@@ -63,6 +74,6 @@ def _scored(turns: Sequence[TurnOutcome], own: bool) -> list[ScoredTurn]:
     saved = None
     for one in turns:
         answer = one.own_answer if own and one.own_answer is not None else one.answer
-        scored.append(ScoredTurn(one.query, one.reference, answer, saved))
+        scored.append(ScoredTurn(one.query, one.reference, answer, saved, one.spans))
         saved = f"{one.query} {one.reference}"
     return scored

@@ -1,4 +1,4 @@
-"""Sentence BLEU of many rows at once, on integer ids: n-grams become compact ids, counted by `bincount` (REF 6)."""
+"""Sentence BLEU of many rows at once, on integer ids: n-grams become compact ids, counted where they are sorted."""
 
 from collections.abc import Sequence
 from itertools import chain
@@ -6,6 +6,7 @@ from itertools import chain
 import numpy as np
 
 _SMOOTHING = 5.0  # Chen and Cherry's K
+_LARGEST = 2**31
 
 
 def sentence_bleu(
@@ -37,22 +38,31 @@ def _matches(ids: np.ndarray, lengths: np.ndarray, orders: int) -> np.ndarray:
     """Clipped n-gram matches [rows, orders]; `ids` of all candidates, then all references, and their lengths [2 rows].
 
     A gram's id is its own in its row: candidate and reference share it, other rows don't. So counts take memory for
-    the grams that occur, not for rows times vocabulary.
+    the grams that occur, not for rows times vocabulary. A gram that both have has its beginning in both: the others
+    are not looked at again.
     """
     rows = len(lengths) // 2
     row = np.repeat(np.tile(np.arange(rows), 2), lengths)
     left = np.repeat(lengths.cumsum(), lengths) - np.arange(len(ids))  # ids from here to the end of the text
-    references_from = lengths[:rows].sum()
-    vocabulary, words = np.unique(ids, return_inverse=True)
+    said = np.arange(len(ids)) < lengths[:rows].sum()
+    if len(ids) and not 0 <= ids.min() <= ids.max() < _LARGEST:  # their products with gram ids must fit 64 bits
+        ids = np.unique(ids, return_inverse=True)[1]
+    vocabulary = ids.max(initial=0) + 1
     starts, grams = np.arange(len(ids)), row  # all 0-grams of a row are the same
     matches = np.zeros((rows, orders))
     for order in range(orders):
         inside = left[starts] > order
         starts, grams = starts[inside], grams[inside]
-        known, grams = np.unique(grams * len(vocabulary) + words[starts + order], return_inverse=True)
-        said = starts < references_from
-        in_candidate, in_reference = (np.bincount(grams[part], minlength=len(known)) for part in (said, ~said))
-        owner = np.empty(len(known), dtype=np.int64)
-        owner[grams] = row[starts]
-        matches[:, order] = np.bincount(owner, np.minimum(in_candidate, in_reference), minlength=rows)
+        if not len(starts):
+            break
+        keys = grams * vocabulary + ids[starts + order]
+        by_gram = np.argsort(keys)
+        keys, starts = keys[by_gram], starts[by_gram]
+        first = np.flatnonzero(np.diff(keys, prepend=keys[0] - 1))
+        counts = np.diff(first, append=len(keys))
+        in_candidate = np.add.reduceat(said[starts], first, dtype=np.int64)
+        clipped = np.minimum(in_candidate, counts - in_candidate)
+        matches[:, order] = np.bincount(row[starts[first]], clipped, minlength=rows)
+        shared = np.repeat(clipped > 0, counts)
+        starts, grams = starts[shared], np.repeat(np.arange(len(first)), counts)[shared]
     return matches

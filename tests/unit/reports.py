@@ -132,6 +132,7 @@ REPORT: dict[str, Any] = {
             "tokens": 1_000_000,
             "loss_before": 6.543,
             "loss_after": 1.234,
+            "held_out": None,
             "baselines": {"unigram": 4.321, "bigram": 2.109, "tokens": 5000},
         },
         {
@@ -144,6 +145,7 @@ REPORT: dict[str, Any] = {
             "tokens": 20_000,
             "loss_before": -0.125,
             "loss_after": -0.875,
+            "held_out": None,
             "baselines": None,
         },
     ],

@@ -36,9 +36,10 @@ def random_rows(count: int, longest: int, words: int, seed: int) -> tuple[Rows, 
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)
-@pytest.mark.parametrize(("longest", "words"), [(6, 3), (12, 8), (40, 30)])
-def test_random_rows_score_as_in_nltk(weights: tuple[float, ...], longest: int, words: int) -> None:
-    candidates, references = random_rows(1000, longest, words, seed=longest)
+@pytest.mark.parametrize(("count", "longest", "words"), [(1000, 6, 3), (1000, 12, 8), (1000, 40, 30), (60, 400, 15)])
+def test_random_rows_score_as_in_nltk(weights: tuple[float, ...], count: int, longest: int, words: int) -> None:
+    candidates, references = random_rows(count, longest, words, seed=longest)
+    assert {0, 1} <= {len(row) for row in candidates} or longest > 100
     expected = nltk_bleu(candidates, references, weights)
     assert len(set(expected)) > 30
     np.testing.assert_allclose(sentence_bleu(candidates, references, weights), expected, rtol=0, atol=1e-12)
@@ -84,12 +85,13 @@ def test_a_rows_score_does_not_depend_on_its_batch() -> None:
     assert sentence_bleu(candidates[::-1], references[::-1])[::-1].tolist() == together.tolist()
 
 
-def test_only_which_ids_are_equal_counts() -> None:
+@pytest.mark.parametrize(("first", "step"), [(2**62, -7), (-3, 1), (2**31 - 2, 1), (5, 2**40)])
+def test_only_which_ids_are_equal_counts(first: int, step: int) -> None:
     candidates, references = random_rows(60, 12, 6, seed=2)
-    large: tuple[Rows, Rows] = tuple(
-        [[2**62 - 7 * i for i in row] for row in rows] for rows in (candidates, references)
+    others: tuple[Rows, Rows] = tuple(
+        [[first + step * i for i in row] for row in rows] for rows in (candidates, references)
     )
-    assert sentence_bleu(*large).tolist() == sentence_bleu(candidates, references).tolist()
+    assert sentence_bleu(*others).tolist() == sentence_bleu(candidates, references).tolist()
 
 
 def test_no_rows_have_no_scores() -> None:

@@ -11,9 +11,12 @@ import yaml
 from rxt_platform.config.data import StoryWorldSource
 from rxt_platform.config.loading import load_preset, load_run, preset_names
 from rxt_platform.config.model import ModelConfig
+from rxt_platform.config.mrl import MemoryRLConfig
 from rxt_platform.config.run import RunConfig
-from rxt_platform.config.stages import JointPretrainingConfig, MemoryAwareConfig, OptimizerConfig
+from rxt_platform.config.stage_base import OptimizerConfig
+from rxt_platform.config.stages import JointPretrainingConfig, MemoryAwareConfig
 from rxt_platform.errors import ConfigError
+from tests.support import ROOT
 
 RUN = """
 name: first
@@ -451,3 +454,16 @@ def test_what_cannot_be_trained_is_refused_by_name(overrides: list[str], said: s
     quickstart = Path(__file__).parents[2] / "pipelines/configs/quickstart.yaml"
     with pytest.raises(ConfigError, match=re.escape(said)):
         load_run(quickstart, ["stages.pretraining.loss.decoder_only=0.2", *overrides])
+
+
+def test_a_stage_may_take_over_another_s_settings_by_yaml_s_merge_key(tmp_path: Path) -> None:
+    config = load_run(ROOT / "pipelines/configs/mrl.yaml")
+    first, last = config.stages["mrl_2"], config.stages["mrl_8"]
+    assert isinstance(first, MemoryRLConfig)
+    assert isinstance(last, MemoryRLConfig)
+    assert (first.steps, last.steps) == (2, 8)
+    assert first.reward == last.reward
+    twice = tmp_path / "twice.yaml"
+    twice.write_text("a: &a {x: 1}\nb: {<<: *a, x: 2, x: 3}\n")
+    with pytest.raises(ConfigError, match="key 'x' stands twice"):
+        load_run(twice)

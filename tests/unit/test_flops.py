@@ -17,7 +17,7 @@ from rxt_platform.config.model import ModelConfig
 from rxt_platform.data.batches import Batch
 from rxt_platform.model.flops import ForwardFlops
 from rxt_platform.stages.base import Phase, Stage
-from rxt_platform.stages.memory_aware import turn_groups
+from rxt_platform.stages.unroll import turn_groups
 from rxt_platform.training.optimizer import build_optimizer
 from tests.unit.helpers import batch_of, conversation, tiny_model
 from tests.unit.stages import ROWS, SINGLES, TEXTS, stage_of

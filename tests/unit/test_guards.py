@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import pytest
 
-from rxt_platform.config.stages import EarlyStopping
+from rxt_platform.config.stage_base import EarlyStopping
 from rxt_platform.config.training import SpikeConfig
 from rxt_platform.training.guards import Plateau, SpikeError, SpikeGuard
 

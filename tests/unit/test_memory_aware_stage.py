@@ -11,8 +11,8 @@ from rxt_platform.data.examples import Example
 from rxt_platform.model.parameters import component_of
 from rxt_platform.model.transformer import ReactiveTransformer
 from rxt_platform.stages.base import Phase, phase_at
-from rxt_platform.stages.memory_aware import turn_groups
 from rxt_platform.stages.memory_pretraining import squared_change
+from rxt_platform.stages.unroll import turn_groups
 from tests.unit.helpers import (
     FIRST_WORD,
     batch_of,

@@ -276,3 +276,19 @@ def test_without_answer_keys_nothing_is_called_recall_of_facts() -> None:
         assert any(line.startswith("turn 3 90.0 %") for line in lines), "the distance 2 is asked in turn 3"
         assert any(line.startswith("turn 18+ 25.0 %") for line in lines)
         assert "carry answer keys" not in text
+
+
+def test_what_reinforcement_learning_gained_stands_in_a_table_of_its_own() -> None:
+    measured = {"reward": [4.25, 6.5], "greedy_reward": [5.0, 7.0], "recall": [0.512, 0.723]}
+    plain = {"name": "mrl", "kind": "memory_rl", "loss_before": None, "loss_after": None, "baselines": None}
+    stage = {**REPORT["stages"][0], **plain, "held_out": measured}
+    report = {**REPORT, "stages": [*REPORT["stages"], stage]}
+    shown = render_table(report)
+    assert max(map(len, shown.splitlines())) <= 100
+    (row,) = (line for line in shown.splitlines() if line.startswith("mrl "))
+    for gained in ("4.250 → 6.500", "5.000 → 7.000", "51.2 % → 72.3 %"):
+        assert gained in row
+    page = render_html(report, PICTURES)
+    assert "Reinforcement learning" in page
+    assert "51.2 % → 72.3 %" in page
+    assert "Reinforcement learning" not in render_html(REPORT, PICTURES)

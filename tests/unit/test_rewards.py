@@ -2,21 +2,18 @@
 
 import math
 import random
-from collections.abc import Sequence
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from pydantic import ValidationError
 
 from rxt_platform.config.rewards import RewardConfig
 from rxt_platform.data.story_world import StoryWorld
-from rxt_platform.errors import ArtifactError
-from rxt_platform.model.files import save_model
 from rxt_platform.rl.rewards import (
+    EncoderEmbedding,
     HashedEmbedding,
     Reward,
     ScoredTurn,
@@ -24,49 +21,16 @@ from rxt_platform.rl.rewards import (
     TokenEmbedding,
     score_conversations,
 )
-from tests.unit.helpers import tiny_config, tiny_model, word_tokenizer
-
-DEFAULT = RewardConfig()
-OPENING = ScoredTurn("Tom has a hat.", "Good.", "Fine.", None)
-
-
-class WordCounts:
-    """An embedding in which cosines can be worked out by hand: one direction a word; `-word` is its opposite."""
-
-    directions = ("a", "b", "c", "x", "y", "z", "red", "hat", "other", "things")
-
-    def __init__(self) -> None:
-        self.calls = 0
-
-    def embed(self, texts: Sequence[str]) -> np.ndarray:
-        self.calls += 1
-        return np.array([[self._count(text.split(), word) for word in self.directions] for text in texts])
-
-    def _count(self, words: list[str], word: str) -> int:
-        return words.count(word) - words.count(f"-{word}")
-
-
-class Constant:
-    """An embedding for which all texts are the same."""
-
-    def embed(self, texts: Sequence[str]) -> np.ndarray:
-        return np.ones((len(texts), 3))
-
-
-def follow_up(generated: str, reference: str, saved: str) -> ScoredTurn:
-    return ScoredTurn("And then?", reference, generated, saved)
-
-
-def rewards_of(
-    *turns: tuple[str, str, str], config: RewardConfig = DEFAULT, embedding: TextEmbedding | None = None
-) -> list[Reward]:
-    """Rewards of one conversation's follow-ups, each (generated, reference, saved)."""
-    talk = [OPENING, *(follow_up(*turn) for turn in turns)]
-    return score_conversations([talk], config, embedding or WordCounts())[0]
-
-
-def config_with(**changes: Any) -> RewardConfig:
-    return RewardConfig.model_validate(changes)
+from tests.unit.rewards import (
+    DEFAULT,
+    OPENING,
+    Constant,
+    WordCounts,
+    config_with,
+    follow_up,
+    rewards_of,
+    write_word_model,
+)
 
 
 def test_bleu_is_half_to_the_reference_and_half_to_the_saved_interaction() -> None:
@@ -137,8 +101,8 @@ def test_full_marks_only_for_an_answer_that_says_both_reference_and_all_that_was
     assert everything[0].total == pytest.approx(10.0)
     assert everything[1].bleu == 1.0, "case and punctuation don't count"
     first, later = rewards_of(("red hat", "red hat", "other things"), ("red hat", "red hat", "x y"))
-    assert astuple(first) == pytest.approx((10 * (0.4 * 0.5 + 0.5 * 0.5 + 0.1), 0.5, 0.5, 1.0))
-    assert astuple(later) == pytest.approx((10 * (0.4 * 0.5 + 0.5 * 0.3 + 0.1), 0.5, 0.3, 1.0))
+    assert astuple(first)[:4] == pytest.approx((10 * (0.4 * 0.5 + 0.5 * 0.5 + 0.1), 0.5, 0.5, 1.0))
+    assert astuple(later)[:4] == pytest.approx((10 * (0.4 * 0.5 + 0.5 * 0.3 + 0.1), 0.5, 0.3, 1.0))
 
 
 @pytest.mark.parametrize("generated", ["", "  \n", "...", "?!"])
@@ -190,16 +154,14 @@ def all_totals(talks: list[list[ScoredTurn]], embedding: TextEmbedding) -> list[
 
 @pytest.fixture(scope="module")
 def model_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("model")
-    config = tiny_config(vocab_size=word_tokenizer().vocab_size)
-    save_model(directory, config, tiny_model(config).state_dict(), word_tokenizer())
-    return directory
+    return write_word_model(tmp_path_factory.mktemp("model"))
 
 
-@pytest.fixture(params=["hashed", "tokens"])
+@pytest.fixture(params=["hashed", "tokens", "encoder"])
 def embedding(request: pytest.FixtureRequest, model_directory: Path) -> TextEmbedding:
     """Each real embedding."""
-    return HashedEmbedding() if request.param == "hashed" else TokenEmbedding(model_directory)
+    made = {"tokens": TokenEmbedding, "encoder": EncoderEmbedding.load}
+    return made[request.param](model_directory) if request.param in made else HashedEmbedding()
 
 
 def test_better_answers_are_worth_more(embedding: TextEmbedding) -> None:
@@ -243,48 +205,25 @@ def test_rewards_of_any_texts_stay_within_the_scale(embedding: TextEmbedding) ->
             assert all(0 <= part <= 1 for part in (reward.bleu, reward.cosine, reward.length))
 
 
-def test_a_call_embeds_all_texts_at_once() -> None:
+def test_a_call_embeds_each_distinct_text_once() -> None:
     embedding = WordCounts()
-    score_conversations(story_talks(3), DEFAULT, embedding)
-    assert embedding.calls == 1
-
-
-def test_hashed_vectors_are_the_same_everywhere() -> None:
-    """Recorded: scores of another machine or library version compare only while these hold."""
-    texts = ["Tom has a red hat.", "tom had the red hats", "a", " \n"]
-    one, other, letter, blank = HashedEmbedding().embed(texts)
-    assert one.shape == (4096,)
-    assert np.linalg.norm(one) == pytest.approx(1, abs=1e-6)
-    assert float(one @ other) == pytest.approx(0.555492, abs=1e-6)
-    assert (np.flatnonzero(letter).tolist(), letter[952]) == ([952], -1.0)
-    assert not blank.any()
-
-
-def test_token_vectors_are_mean_embeddings_of_the_directorys_model(model_directory: Path) -> None:
-    tokenizer = word_tokenizer()
-    config = tiny_config(vocab_size=tokenizer.vocab_size)
-    weight = tiny_model(config).embedding.weight.detach()
-    texts = ["Tom has a red hat.", "", "Lily", "  "]
-    vectors = TokenEmbedding(model_directory).embed(texts)
-    for text, vector in zip(texts, vectors, strict=True):
-        ids = tokenizer.encode(text) if text.strip() else []
-        expected = weight[ids].mean(dim=0) if ids else torch.zeros(config.hidden_size)
-        np.testing.assert_allclose(vector, expected.numpy(), atol=1e-6)
-
-
-def test_token_vectors_need_a_model(tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match="not a model directory"):
-        TokenEmbedding(tmp_path)
+    score_conversations([*story_talks(3), *story_talks(3)], DEFAULT, embedding)
+    (texts,) = embedding.calls
+    assert len(texts) == len(set(texts)) > 20
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"weights": {"bleu": 0.5}}, r"bleu \+ cosine \+ length = 1\.1,"),
+        ({"weights": {"bleu": 0.5}}, r"bleu \+ cosine \+ length \+ recall = 1\.1,"),
         ({"weights": {"bleu": 0.4 + 1e-8}}, r"= 1\.00000001,"),
         ({"bleu": {"saved": 0.4}}, r"reference \+ saved = 0\.9,"),
         ({"first_cosine": {"saved": 0.6}}, r"saved \+ reference = 1\.1,"),
         ({"later_cosine": {"running_mean": 0.0}}, r"saved \+ reference \+ running_mean = 0\.8,"),
+        ({"weights": {"recall": 0.1}}, r"= 1\.1,"),
+        ({"topic_change_bleu": {"reference": 0.6}}, r"reference \+ unlike_saved = 1\.1,"),
+        ({"topic_change_cosine": {"unlike_saved": 0.4}}, r"reference \+ unlike_saved = 0\.9,"),
+        ({"length": {"target": 0}}, "greater than 0"),
         ({"bleu_weights": [0.5, 0.4]}, r"bleu_weights = 0\.9,"),
         ({"bleu_weights": [0.2] * 5}, "at most 4"),
         ({"bleu_weights": []}, "at least 1"),

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from rxt_platform.config.stages import Component, OptimizerConfig
+from rxt_platform.config.stage_base import Component, OptimizerConfig
 from rxt_platform.model.parameters import component_of
 from rxt_platform.stages.base import Phase
 from rxt_platform.training.optimizer import build_optimizer, schedule, set_learning_rates

@@ -7,6 +7,7 @@ from typing import Any
 from rxt_platform.evaluation.report.comparison import comparison_tables
 from rxt_platform.evaluation.report.data_tables import data_tables
 from rxt_platform.evaluation.report.page import html_page, image, note
+from rxt_platform.evaluation.report.reinforcement import REINFORCEMENT_NOTE, reinforcement_table
 from rxt_platform.evaluation.report.sections import sections
 from rxt_platform.evaluation.report.tables import (
     COSINE_KIND,
@@ -44,6 +45,7 @@ def render_html(report: Result, pictures: Pictures) -> str:
         image(pictures["losses"], "Training loss by step, one panel per stage.")
         + "<p>Held-out loss before and after each stage:</p>"
         + html_table(stage_table(report))
+        + _reinforcement(report)
         + note(_stage_note(report))
     )
     recall = recall_title(report)
@@ -155,6 +157,12 @@ def _provenance(report: Result) -> str:
         f"{html_table(_facts('parameters', report['parameters']))}"
         f"{html_table(_facts('versions', report['versions']))}</div>{html_table(steps)}"
     )
+
+
+def _reinforcement(report: Result) -> str:
+    """What stages of episodes gained; nothing without one."""
+    table = reinforcement_table(report)
+    return f"<h3>Reinforcement learning</h3>{html_table(table)}<p>{REINFORCEMENT_NOTE}</p>" if table.rows else ""
 
 
 def _stage_note(report: Result) -> str:

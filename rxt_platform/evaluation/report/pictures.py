@@ -39,7 +39,7 @@ def draw_evaluation(result: Result) -> dict[str, bytes]:
 
 
 def draw_losses(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> bytes:
-    """PNG of training loss by step, one panel per stage in order."""
+    """PNG of training loss (of MRL the reward) by step, one panel per stage in order."""
     columns = min(2, len(histories)) or 1
     rows = math.ceil(len(histories) / columns) or 1
     figure = Figure(figsize=(_WIDTH, 2.4 * rows), layout="constrained")
@@ -51,11 +51,12 @@ def draw_losses(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> bytes
         if not history:
             _say(axes, "no steps recorded")
             continue
-        steps, losses = [row["step"] for row in history], [row["loss"] for row in history]
+        what = next(name for name in ("loss", "reward", "critic_loss") if name in history[0])
+        steps, losses = [row["step"] for row in history], [row[what] for row in history]
         axes.plot(steps, losses, color=_MEMORY_COLOUR, linewidth=1.2, marker="o" if len(steps) == 1 else None)
         axes.set_xlim(0, max(1, steps[-1]) * 1.03)
         axes.set_xlabel("step")
-        axes.set_ylabel("training loss")
+        axes.set_ylabel("reward" if what == "reward" else "training loss")
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(5))
         _tidy(axes)

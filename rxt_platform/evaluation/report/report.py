@@ -18,6 +18,7 @@ from rxt_platform.evaluation.report.comparison import comparison_tables
 from rxt_platform.evaluation.report.data_tables import data_note
 from rxt_platform.evaluation.report.pages import render_evaluation_html, render_html
 from rxt_platform.evaluation.report.pictures import draw_comparison, draw_evaluation, draw_losses
+from rxt_platform.evaluation.report.reinforcement import REINFORCEMENT_NOTE, reinforcement_table
 from rxt_platform.evaluation.report.sections import Section, sections
 from rxt_platform.evaluation.report.tables import (
     COSINE_KIND,
@@ -40,7 +41,8 @@ Report = dict[str, Any]
     versions          {package: version}
     parameters        {decoder, encoder, memory_attention, mlm_head, total, baseline (of a run that has one)}
     steps             [{name, kind, status: made | reused | resumed, seconds, fingerprint, artifact}]
-    stages            [{name, kind, stateless, status, seconds, steps, tokens, loss_before, loss_after,
+    stages            [{name, kind, stateless, status, seconds, steps, tokens, loss_before, loss_after (None of
+                        stages of episodes), held_out: {metric: [before, after]} (of those alone, else None),
                         baselines: {unigram, bigram, tokens} | None,
                         expert_load: {max, min} | None}]: the busiest and the idlest expert's share of held-out
                       tokens, as multiples of a fair one
@@ -59,6 +61,7 @@ def render_table(report: Report) -> str:
     parts = [
         f"{report['name']} (seed {report['seed']}): stages, with held-out loss",
         text_table(stage_table(report)),
+        *([f"\n{text_table(table)}\n{REINFORCEMENT_NOTE}"] if (table := reinforcement_table(report)).rows else []),
     ]
     if any(stage["kind"] == COSINE_KIND for stage in report["stages"]):
         parts.append(LOSS_NOTE)

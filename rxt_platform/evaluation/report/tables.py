@@ -31,6 +31,8 @@ def stage_table(report: Result) -> Table:
     header = ["stage", "status", "steps", "time", "loss before", "loss after"]
     rows = []
     for stage in stages:
+        if stage["held_out"] is not None:
+            continue  # in a table of its own
         row = [stage["name"], stage["status"], f"{stage['steps']:,}", duration(stage["seconds"])]
         row += [number(stage["loss_before"]), number(stage["loss_after"])]
         if counted:
