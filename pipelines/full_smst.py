@@ -12,9 +12,9 @@ from rxt_platform.config.loading import load_run
 from rxt_platform.orchestration.runner import run_pipeline
 
 
-def main() -> int:
+def main(description: str | None = __doc__) -> int:
     """Parse the command line and run the pipeline."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="YAML file of the run")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides of the config")
     arguments = parser.parse_args()

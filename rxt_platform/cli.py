@@ -14,6 +14,7 @@ import click
 
 from rxt_platform.cli_data import data
 from rxt_platform.cli_eval import evaluate, use_threads
+from rxt_platform.cli_serve import serve
 from rxt_platform.errors import DataError, RxtError, StoppedError
 
 if TYPE_CHECKING:
@@ -176,6 +177,7 @@ def models(as_json: bool) -> None:
 
 rxt.add_command(evaluate)
 rxt.add_command(data)
+rxt.add_command(serve)
 
 
 def _load(config: str, overrides: tuple[str, ...]) -> "RunConfig":

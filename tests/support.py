@@ -25,8 +25,9 @@ SMALL = [
     "data.texts.validation_rows=16",
     "data.interactions.train_rows=160",
     "data.interactions.validation_rows=16",
-    "data.conversations.train_rows=160",
-    "data.conversations.validation_rows=16",
+    "data.conversations.0.train_rows=160",
+    "data.conversations.0.validation_rows=16",
+    "data.conversations.1={kind: story_world, seed: 1, train_rows: 48, validation_rows: 8, turns: [5]}",
     "model.hidden_size=32",
     "model.memory.slots=8",
     "model.encoder.feed_forward_size=48",
@@ -42,12 +43,20 @@ SMALL = [
     "stages.memory_aware.curriculum=[{turns: 2, epochs: 0.3}]",
     "stages.memory_aware.unfreeze_memory_attention=0.2",
     "stages.memory_aware.unfreeze_encoder=0.3",
+    "stages.mrl.steps=4",
+    "stages.mrl.epochs=1",
+    "stages.mrl.global_batch_size=8",
+    "stages.mrl.answers=3",
+    "stages.mrl.max_answer_tokens=12",
+    "stages.mrl.held_out=8",
+    "stages.mrl.reward={}",
 ]
 STAGES = ("pretraining", "sft", "memory_pretraining", "memory_aware")
+ALL_STAGES = (*STAGES, "mrl")
 
 
 def small_run(storage: Path, *overrides: str) -> RunConfig:
-    """The quickstart, made small: 10 steps a stage."""
+    """The quickstart, made small: 10 steps a stage, 6 of reinforcement learning."""
     return load_run(ROOT / "pipelines/configs/quickstart.yaml", [*SMALL, f"storage={storage}", *overrides])
 
 

@@ -21,8 +21,8 @@ from rxt_platform.orchestration.plan import Step, build_plan
 from rxt_platform.orchestration.prepare import prepare
 from rxt_platform.orchestration.runner import data_report
 from rxt_platform.orchestration.steps import only_holder
-from rxt_platform.stages.build import sampling
-from rxt_platform.stages.memory_aware import turn_groups
+from rxt_platform.stages.build import sampling, stage_rows
+from rxt_platform.stages.unroll import turn_groups
 from rxt_platform.tables import Table, text_table
 from rxt_platform.training.engine import forward_rows
 
@@ -88,7 +88,7 @@ def render_built(built: Mapping[str, Any]) -> str:
 def _batches(config: RunConfig, stage: StageConfig, tokens: Step) -> dict[str, Any]:
     """A stage's steps, and the share of real tokens in what it computes; naive is whole batches of unpacked rows."""
     weights = [source.weight for source in getattr(config.data, stage.section)]
-    rows = TokenShards(tokens.artifact, stage.section, "train")
+    rows = stage_rows(TokenShards(tokens.artifact, stage.section, "train"), stage)
     how = sampling(stage, config.seed, config.model.max_length, weights)
     sampler = BatchSampler(rows, how)
     unpacked = BatchSampler(rows, replace(how, capacity=None))

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rxt_platform.config.model import ModelConfig
+from rxt_platform.config.mrl import EpisodeConfig
 from rxt_platform.config.run import BASELINE, RunConfig, trains_without_memory
 from rxt_platform.config.stages import StageConfig
 from rxt_platform.data.sources import source_identity
@@ -49,7 +50,10 @@ ARTIFACT_KIND: dict[StepKind, str] = {
     "evaluation": "evaluation",
 }
 _NOT_IDENTITY = {"micro_batch_size", "start_from"}  # how or from where, not what
-_STATELESS_IDENTITY = {"kind", "epochs", "global_batch_size", "optimizer", "packing", "curriculum", "system_prompts"}
+_STATELESS_IDENTITY = {
+    *("kind", "epochs", "global_batch_size", "optimizer"),
+    *("packing", "curriculum", "system_prompts", "sources"),
+}
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,8 @@ class Step:
     fingerprint: str = field(init=False)
 
     def __post_init__(self) -> None:
-        identity = {"kind": self.kind, "spec": self.spec, "inputs": self.inputs, "code": _code(_ROOMS[self.kind])}
+        rooms = _ROOMS[self.kind] + (("rl",) if isinstance(self.stage, EpisodeConfig) else ())
+        identity = {"kind": self.kind, "spec": self.spec, "inputs": self.inputs, "code": _code(rooms)}
         object.__setattr__(self, "fingerprint", content_hash(identity))
 
     @property

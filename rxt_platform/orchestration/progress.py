@@ -36,9 +36,9 @@ class Console:
         """Where a training step is."""
         step, steps = int(row["step"]), int(row["steps"])
         left = (steps - step) * row.get("step_seconds", 0.0)
+        told = f"reward {row['reward']:.3f}" if "reward" in row else f"loss {row.get('loss', float('nan')):.4f}"
         text = (
-            f"  {step_name}  {step}/{steps}  loss {row.get('loss', float('nan')):.4f}"
-            f"  {row.get('tokens_per_second', 0):,.0f} tokens/s  {left:.0f} s left"
+            f"  {step_name}  {step}/{steps}  {told}  {row.get('tokens_per_second', 0):,.0f} tokens/s  {left:.0f} s left"
         )
         if self.live:
             self._clear()

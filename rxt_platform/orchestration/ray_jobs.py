@@ -1,6 +1,7 @@
 """Steps on Ray: training as a `TorchTrainer` job, evaluation as a task. The only file here that talks to Ray."""
 
 import logging
+import math
 import os
 import threading
 import time
@@ -11,8 +12,10 @@ from typing import Any, TypeVar
 
 from rxt_platform import errors
 from rxt_platform.config.run import ResourcesConfig
+from rxt_platform.config.serving import ServiceConfig
 from rxt_platform.errors import ConfigError, RxtError, TrainingError
 from rxt_platform.orchestration.stopping import Stopper
+from rxt_platform.rl.critic import RewardService
 from rxt_platform.training.job import STOP, WORKERS, StageJob, run_stage
 from rxt_platform.training.measures import Metrics
 from rxt_platform.training.watch import read_failures, root_cause, silent_worker
@@ -31,8 +34,8 @@ _DRIVER_ENVIRONMENT = {
 }
 
 
-def connect(resources: ResourcesConfig) -> bool:
-    """Join the cluster of RAY_ADDRESS, or start one on this machine with the CPUs that the workers need.
+def connect(resources: ResourcesConfig, service: ServiceConfig | None = None) -> bool:
+    """Join the cluster of RAY_ADDRESS, or start one on this machine with the CPUs that workers and `service` need.
 
     Returns whether this call connected, so that whoever did also disconnects.
     """
@@ -51,19 +54,25 @@ def connect(resources: ResourcesConfig) -> bool:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
     if os.environ.get("RAY_ADDRESS"):
         ray.init(**quiet)
-        _check_resources(resources)
+        _check_resources(resources, service)
         return True
-    cpus = max(os.cpu_count() or 1, resources.workers * resources.cpus_per_worker)
+    cpus = max(os.cpu_count() or 1, math.ceil(_cpus(resources, service)))
     ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
-    _check_resources(resources)
+    _check_resources(resources, service)
     return True
 
 
-def _check_resources(resources: ResourcesConfig) -> None:
+def _cpus(resources: ResourcesConfig, service: ServiceConfig | None) -> float:
+    """That workers and replicas need together."""
+    replicas = 0.0 if service is None else service.replicas * service.cpus_per_replica
+    return resources.workers * resources.cpus_per_worker + replicas
+
+
+def _check_resources(resources: ResourcesConfig, service: ServiceConfig | None) -> None:
     """Ray would wait for ever for resources that the cluster does not have."""
     import ray
 
-    needed = {"CPU": resources.workers * resources.cpus_per_worker}
+    needed = {"CPU": _cpus(resources, service)}
     if resources.use_gpu:
         needed["GPU"] = resources.workers
     here = ray.cluster_resources()
@@ -71,8 +80,8 @@ def _check_resources(resources: ResourcesConfig) -> None:
         if here.get(name, 0) < count:
             ray.shutdown()
             raise ConfigError(
-                f"resources: {resources.workers} workers need {count} {name}, the cluster has {here.get(name, 0):g}: "
-                "lower resources.workers, or add nodes"
+                f"resources: {resources.workers} workers {'' if service is None else 'and the critic_service '}need "
+                f"{count:g} {name}, the cluster has {here.get(name, 0):g}: lower resources.workers, or add nodes"
             )
 
 
@@ -83,8 +92,12 @@ def disconnect() -> None:
     ray.shutdown()
 
 
-def train(job: StageJob, resources: ResourcesConfig, stopper: Stopper | None = None) -> Metrics:
+def train(
+    job: StageJob, resources: ResourcesConfig, stopper: Stopper | None = None, service: RewardService | None = None
+) -> Metrics:
     """Run a stage as a Ray Train job; lost workers are replaced and resume from the newest checkpoint.
+
+    `service` goes to the workers, who ask it for MRL's rewards and values.
 
     Raises TrainingError with the cause when the job fails for good, StoppedError when a signal asked it to stop.
     """
@@ -99,7 +112,7 @@ def train(job: StageJob, resources: ResourcesConfig, stopper: Stopper | None = N
 
     def fit() -> None:
         try:
-            running.set_result(_fit(job, resources))
+            running.set_result(_fit(job, resources, service))
         except BaseException as error:  # noqa: BLE001 - handed to the thread that waits
             running.set_exception(error)
 
@@ -116,14 +129,14 @@ def train(job: StageJob, resources: ResourcesConfig, stopper: Stopper | None = N
     return dict(outcome["metrics"])
 
 
-def _fit(job: StageJob, resources: ResourcesConfig) -> dict[str, Any]:
+def _fit(job: StageJob, resources: ResourcesConfig, service: RewardService | None) -> dict[str, Any]:
     """What the workers returned: metrics, or an error and its kind."""
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
     trainer = TorchTrainer(
         _train_worker,
-        train_loop_config={"job": job.model_dump_json()},
+        train_loop_config={"job": job.model_dump_json(), "service": service},
         torch_config=TorchConfig(timeout_s=int(job.training.hang_seconds)),
         scaling_config=ray.train.ScalingConfig(
             num_workers=resources.workers,
@@ -219,7 +232,7 @@ def _train_worker(config: dict[str, Any]) -> dict[str, Any]:
 
     try:
         job = StageJob.model_validate_json(config["job"])
-        return {"metrics": run_stage(job, look_ahead, checkpoint_requested=save_now)}
+        return {"metrics": run_stage(job, look_ahead, checkpoint_requested=save_now, service=config["service"])}
     except RxtError as error:
         if not error.on_all_ranks and ray.train.get_context().get_world_size() > 1:
             raise  # the other workers wait for this one: Ray must end them

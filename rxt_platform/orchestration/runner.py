@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from rxt_platform.config.mrl import EpisodeConfig
 from rxt_platform.config.run import BASELINE, RunConfig
 from rxt_platform.data.corpus import VALIDATION
 from rxt_platform.data.shards import read_summary
@@ -19,6 +20,7 @@ from rxt_platform.evaluation.report.report import REPORT_FILES, Report, render_t
 from rxt_platform.model.baseline import count_parameters, matched_baseline
 from rxt_platform.model.parameters import measure_size
 from rxt_platform.orchestration import ray_jobs
+from rxt_platform.orchestration.critic import reward_service
 from rxt_platform.orchestration.evaluate import RESULT, evaluate_run
 from rxt_platform.orchestration.plan import (
     PREPARED,
@@ -71,7 +73,7 @@ class _Run:
     def connect(self) -> None:
         """Join or start Ray, once."""
         if self.connected is None:
-            self.connected = ray_jobs.connect(self.config.resources)
+            self.connected = ray_jobs.connect(self.config.resources, self.config.critic_service)
             self.stopper.listen_again()
 
 
@@ -163,8 +165,9 @@ def _train(run: _Run, step: Step, plan: list[Step], child: str | None) -> str:
         run.tracker.history(child, rows)
         run.console.progress(step.name, rows[-1])
 
-    with HistoryFollower(step.work / HISTORY, on_rows):
-        metrics = ray_jobs.train(stage_job(run.config, plan, step), run.config.resources, run.stopper)
+    job = stage_job(run.config, plan, step)
+    with HistoryFollower(step.work / HISTORY, on_rows), reward_service(run.config, job) as service:
+        metrics = ray_jobs.train(job, run.config.resources, run.stopper, service)
     return "resumed" if metrics["resumed_from_step"] else "made"
 
 
@@ -256,8 +259,11 @@ def _stage_row(outcome: Outcome, baselines: dict[str, Any]) -> dict[str, Any]:
         "seconds": outcome.seconds,
         "steps": int(metrics["steps"]),
         "tokens": int(metrics["tokens"]),
-        "loss_before": metrics["loss_before"],
-        "loss_after": metrics["loss_after"],
+        "loss_before": metrics.get("loss_before"),
+        "loss_after": metrics.get("loss_after"),
+        "held_out": {name: [metrics[f"{name}_before"], metrics[f"{name}_after"]] for name in stage.metrics}
+        if isinstance(stage, EpisodeConfig)
+        else None,
         "baselines": baselines.get(outcome.step.name.removeprefix(BASELINE)),
         "expert_load": {end: metrics[f"expert_load_{end}_after"] for end in ("max", "min")}
         if "expert_load_max_after" in metrics

@@ -30,6 +30,8 @@ def stage_job(config: RunConfig, plan: list[Step], step: Step) -> StageJob:
         training=config.training,
         seed=config.seed,
         identity=step.fingerprint,
+        corpus=plan[0].artifact,
+        too_long=config.data.validation.too_long,
         tokens=plan[2].artifact,
         weights=step.spec["weights"],
         tokenizer=plan[1].artifact,

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from rxt_platform.config.data import Section
+from rxt_platform.config.mrl import EpisodeConfig
 from rxt_platform.config.run import RunConfig, trains_without_memory
-from rxt_platform.config.stages import Component
+from rxt_platform.config.stage_base import Component
 from rxt_platform.data.examples import RowEncoder, TooLong
 from rxt_platform.data.shards import ShardPlan, TokenShards, make_shard, plan_shards, write_summary
 from rxt_platform.data.sources import SPLITS
@@ -22,7 +23,7 @@ from rxt_platform.errors import ConfigError, DataError
 from rxt_platform.model.files import TOKENIZER
 from rxt_platform.orchestration.plan import Step
 from rxt_platform.orchestration.steps import commit_step
-from rxt_platform.stages.build import build_stage
+from rxt_platform.stages.build import build_stage, stage_rows
 
 Shard = dict[str, Any]
 _SHOWN = 5
@@ -92,13 +93,16 @@ def check_stages(config: RunConfig, folder: Path) -> None:
     """
     for name, config_of_stage in config.stages.items():
         weights = [source.weight for source in getattr(config.data, config_of_stage.section)]
-        rows = TokenShards(folder, config_of_stage.section, "train")
+        rows = stage_rows(TokenShards(folder, config_of_stage.section, "train"), config_of_stage)
+        if not len(rows):
+            raise ConfigError(f"stages.{name}: no training row of its sources is one that it can train on")
         stage = build_stage(config_of_stage, rows, config.seed, config.model.max_length, weights)
-        key, size = f"stages.{name}", config_of_stage.global_batch_size
+        key, size = f"stages.{name}", stage.sampler.sampling.global_batch_size
         if size > stage.sampler.rows:
+            times = " * minibatches" if isinstance(config_of_stage, EpisodeConfig) else ""
             kind = "packed rows" if stage.sampler.sampling.capacity else "training rows"
             raise ConfigError(
-                f"{key}.global_batch_size {size} is more than the {stage.sampler.rows} {kind} of "
+                f"{key}.global_batch_size{times} {size} is more than the {stage.sampler.rows} {kind} of "
                 f"{config_of_stage.section}: lower it"
             )
         phases, steps = stage.phases(), stage.sampler.total_steps

@@ -1,13 +1,14 @@
 """What the engine knows of a stage: its phases, the batch of a step, a loss. A stage knows no engine and no Ray."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
 
-from rxt_platform.config.stages import Component, StageConfig
+from rxt_platform.config.stage_base import Component
+from rxt_platform.config.stages import StageConfig
 from rxt_platform.data.batches import Batch
 from rxt_platform.data.sampler import BatchSampler
 from rxt_platform.model.baseline import StatelessTransformer
@@ -54,6 +55,24 @@ class LossReport:
         return self
 
 
+class TrainingBatch(Protocol):
+    """The rows of one optimizer step, the same on every rank: texts and conversations, or held episodes."""
+
+    @property
+    def rows(self) -> Tensor:
+        """Index of each row in its data set [B]."""
+        ...
+
+    @property
+    def tokens(self) -> int:
+        """Real tokens."""
+        ...
+
+    def shares(self, rank: int, world: int, micro: int) -> Iterator[Any]:
+        """The micro-batches of one of `world` workers, `micro` rows each."""
+        ...
+
+
 class Stage(Protocol):
     """A training stage over rows that are already token ids, for the kind of model that it is made for."""
 
@@ -76,11 +95,11 @@ class Stage(Protocol):
         """Which components train from which step on, the first from step 0."""
         ...
 
-    def loss(self, model: Any, batch: Batch, phase: Phase) -> LossReport:
+    def loss(self, model: Any, batch: Any, phase: Phase) -> LossReport:
         """Loss of a part of a global batch, with gradient to the components that `phase` trains."""
         ...
 
-    def flops(self, model: ForwardFlops, batch: Batch, phase: Phase) -> int:
+    def flops(self, model: ForwardFlops, batch: Any, phase: Phase) -> int:
         """FLOPs of `loss` and its backward pass on a part of a global batch, without what is computed again."""
         ...
 

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rxt_platform.config.stages import Component, InteractionSFTConfig, JointLossConfig, JointPretrainingConfig
+from rxt_platform.config.stage_base import Component
+from rxt_platform.config.stages import InteractionSFTConfig, JointLossConfig, JointPretrainingConfig
 from rxt_platform.data.batches import Batch
 from rxt_platform.data.sampler import BatchSampler
 from rxt_platform.data.tokenizer import MASK, SPECIAL_TOKENS

@@ -24,9 +24,12 @@ from rxt_platform.data.sampler import BatchSampler
 from rxt_platform.errors import ResumeError, StoppedError, TrainingError
 from rxt_platform.model.flops import ForwardFlops
 from rxt_platform.model.layers import checkpoint_layers, compile_layers
-from rxt_platform.stages.base import LossReport, Model, Phase, Stage
+from rxt_platform.rl.critic import RewardService
+from rxt_platform.stages.base import Model, Phase, Stage, TrainingBatch, phase_at
+from rxt_platform.stages.memory_rl import EpisodeStage, MemoryRLStage
 from rxt_platform.training import checkpoints
 from rxt_platform.training.checkpoints import ResumeState, Skipped
+from rxt_platform.training.collector import Collector
 from rxt_platform.training.distributed import on_rank_zero, raise_together
 from rxt_platform.training.guards import Plateau, SpikeError, SpikeGuard
 from rxt_platform.training.measures import Meter, Metrics, Profiler, Spans, StepClock, peak_flops
@@ -53,6 +56,7 @@ class EngineSettings:
     spec: dict[str, Any]
     device: torch.device
     watch: Watch
+    service: RewardService | None = None  # the critic that MRL asks, if it is not in this process
 
 
 @dataclass(frozen=True)
@@ -86,13 +90,16 @@ class TrainResult:
 class StageProgram(nn.Module):
     """A stage's loss as a module's forward, so that DeepSpeed sees every use of the parameters."""
 
-    def __init__(self, stage: Stage, model: nn.Module) -> None:
+    def __init__(self, stage: Stage, model: Any) -> None:
         super().__init__()
         self.stage = stage
         self.model = model
 
-    def forward(self, batch: Batch, phase: Phase, held_out: bool = False) -> LossReport:
-        """Loss of a part of a global batch."""
+    def forward(self, batch: Any, phase: Phase, held_out: bool = False, answers: bool = False) -> Any:
+        """Loss of a part of a global batch (LossReport); or with `answers` only what it is made of, of episodes."""
+        if answers:
+            assert isinstance(self.stage, MemoryRLStage)
+            return self.stage.answers(self.model, batch, phase)
         report = self.stage.evaluate if held_out else self.stage.loss
         return report(self.model, batch, phase)
 
@@ -128,6 +135,9 @@ class Engine:
         self.spans = Spans(settings.work / "spans" / f"rank-{self.rank:05d}.jsonl", self.rank, watch.attempt)
         trace = settings.work / "profile" / f"rank-{self.rank:05d}.json"
         self.profiler = Profiler(training.profile, trace, settings.device)
+        self.collector = None
+        if isinstance(stage, EpisodeStage):
+            self.collector = Collector(stage, self.strategy, settings.device, self.clock, micro, settings.service)
         self.meter = Meter(peak_flops(settings.device, training.precision, training.peak_tflops), settings.device)
 
     def run(self, validation: list[Batch], hooks: Hooks) -> TrainResult:
@@ -190,6 +200,8 @@ class Engine:
         """
         guard = self.training.spike_guard
         assert guard is not None
+        if self.collector is not None:
+            self.collector.forget()
         if len({one.reason for one in self.skipped if one.reason.startswith(_SPIKE)}) >= guard.rollbacks:
             raise_together(TrainingError(f"{spike}; {guard.rollbacks} rollbacks did not help: lower the learning rate"))
         left_out = range(max(0, spike.step - guard.skip + 1), spike.step + 1)
@@ -240,6 +252,7 @@ class Engine:
             self._settle_writer()  # of the one before; all ranks learn whether it failed
             self.writer.save(now(done))
 
+        resumable, due, wishes = self.stage.sampler.resumable_every, False, Wishes()
         self.meter.take()
         self.clock.take()
         with prefetched(self.stage.sampler.global_batch, state.step, self.steps) as next_batch:
@@ -250,8 +263,14 @@ class Engine:
                 if step in changes:
                     guard.recent, plateau = [], Plateau()  # other rows or other components: the loss may jump
                 with self.clock.part("data"):
-                    batch = next_batch()
-                wishes = Wishes(hooks.stop_requested(), hooks.checkpoint_requested(), self.writer.failed)
+                    batch: TrainingBatch = next_batch()
+                if self.collector is not None:
+                    batch = self.collector.batch(step, batch, phase_at(self.phases, step))
+                wishes = Wishes(
+                    hooks.stop_requested() or wishes.stop,  # one that had to wait is not forgotten
+                    hooks.checkpoint_requested() or wishes.checkpoint,
+                    self.writer.failed,
+                )
                 if step in left_out:
                     outcome = self.stepper.leave_out(wishes)
                 else:
@@ -265,19 +284,22 @@ class Engine:
                 else:
                     guard.add(outcome.metrics["objective"])
                     tokens += outcome.tokens
-                    self.meter.add(outcome.metrics, outcome.tokens, outcome.flops)
+                    collected: Metrics = {} if self.collector is None else self.collector.metrics
+                    self.meter.add({**outcome.metrics, **collected}, outcome.tokens, outcome.flops)
                 if wishes.write_failed:
                     self._settle_writer()
                 held_out = self._held_out(done, validation)
                 metrics |= {f"validation_{name}": value for name, value in held_out.items()}
                 if stopping is not None and done % stopping.every == 0 and held_out:
                     plateau = plateau.after(_of_rank_zero(held_out[stopping.metric]), stopping)
-                    if plateau.stale >= stopping.patience and done > max(changes):
+                    over = plateau.stale >= stopping.patience or plateau.reached
+                    if over and done > max(changes) and done % resumable == 0:
                         self.end = done
-                due = done % training.checkpoints.every == 0 or wishes.checkpoint
-                if due and done < self.end and not wishes.stop:
+                due = due or done % training.checkpoints.every == 0 or wishes.checkpoint
+                if due and done % resumable == 0 and done < self.end and not wishes.stop:
                     with self.clock.part("checkpoint"):
                         save(done)
+                    due, wishes = False, replace(wishes, checkpoint=False)
                 parts = self.clock.take()
                 self.meter.add_time(parts)
                 self.spans.add(done, started, parts, outcome.tokens, outcome.rows if training.log_rows else None)
@@ -288,7 +310,7 @@ class Engine:
                     hooks.on_metrics(done, self.steps, {**metrics, "skipped_batches": float(len(skipped))})
                 if done == self.end:
                     break
-                if wishes.stop:
+                if wishes.stop and done % resumable == 0:
                     self._stop(now(done))
         return now(self.end)
 
@@ -324,7 +346,7 @@ class Engine:
             known = ", ".join(sorted(measured))
             raise_together(TrainingError(f"checkpoints.best.metric {best.metric!r} is not among the metrics: {known}"))
 
-    def _places(self, batch: Batch) -> list[str]:
+    def _places(self, batch: TrainingBatch) -> list[str]:
         return [self.stage.sampler.place(row) for row in batch.rows.tolist()]
 
     def _check_budget(self, skipped: list[Skipped]) -> None:
@@ -359,6 +381,8 @@ class Engine:
     @torch.no_grad()
     def evaluate(self, validation: list[Batch]) -> Metrics:
         """Metrics over all held-out rows, each weighted by what it is a mean of; every rank computes them all."""
+        if self.collector is not None:
+            return self.collector.evaluate(validation, self.phases[-1])
         self.program.eval()
         sums: Metrics = {}
         weights: Metrics = {}

@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rxt_platform.config.stages import EarlyStopping
+from rxt_platform.config.stage_base import EarlyStopping
 from rxt_platform.config.training import SpikeConfig
 from rxt_platform.errors import RxtError
 
@@ -48,10 +48,14 @@ class Plateau:
 
     best: float | None = None
     stale: int = 0
+    reached: bool = False  # as good as the rule asks for
 
     def after(self, value: float, rule: EarlyStopping) -> "Plateau":
         """With a further measurement; one that is not a number is no better."""
         if not math.isfinite(value):
             return Plateau(self.best, self.stale + 1)
         gain = math.inf if self.best is None else value - self.best if rule.highest else self.best - value
-        return Plateau(value) if gain > rule.threshold else Plateau(self.best, self.stale + 1)
+        reached = rule.reach is not None and (value >= rule.reach if rule.highest else value <= rule.reach)
+        if gain > rule.threshold:
+            return Plateau(value, 0, reached)
+        return Plateau(self.best, self.stale + 1, reached)

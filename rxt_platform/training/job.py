@@ -16,21 +16,30 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from pydantic import Field
+from torch import Tensor
 
 from rxt_platform.config.base import Spec
-from rxt_platform.config.model import ModelConfig
+from rxt_platform.config.model import HeadConfig, ModelConfig
+from rxt_platform.config.mrl import EpisodeConfig, MemoryRLConfig, PolicyObjective
 from rxt_platform.config.stages import StageConfig
 from rxt_platform.config.training import TrainingConfig
 from rxt_platform.data.batches import Batch, collate, derive_seed
-from rxt_platform.data.examples import Example
+from rxt_platform.data.examples import Example, ExampleSet, RowEncoder, TooLong
 from rxt_platform.data.shards import TokenShards
+from rxt_platform.data.sources import SPLITS
 from rxt_platform.data.tokenizer import RxtTokenizer
 from rxt_platform.errors import ArtifactError, TrainingError
+from rxt_platform.model.actor_critic import ActorCritic, load_actor_critic, save_critic, split_critic
 from rxt_platform.model.baseline import StatelessTransformer
-from rxt_platform.model.files import STATELESS, TOKENIZER, load_weights, save_model
+from rxt_platform.model.files import STATELESS, TOKENIZER, load_model, load_weights, save_model
 from rxt_platform.model.transformer import ReactiveTransformer
+from rxt_platform.rl.critic import RewardService
+from rxt_platform.rl.episode_set import EpisodeSet
+from rxt_platform.rl.rewards import EncoderEmbedding, HashedEmbedding, TextEmbedding, TokenEmbedding
+from rxt_platform.rl.scoring import LocalScorer
 from rxt_platform.stages.base import Model
-from rxt_platform.stages.build import build_stage, mask_probability, system_prompts
+from rxt_platform.stages.build import build_stage, mask_probability, stage_rows, system_prompts
+from rxt_platform.stages.memory_rl import Judging
 from rxt_platform.storage.directory import Provenance, commit_directory, verify_directory
 from rxt_platform.training.distributed import (
     on_rank_zero,
@@ -62,6 +71,8 @@ class StageJob(Spec):
     training: TrainingConfig
     seed: int
     identity: str = Field(description="fingerprint of the step")
+    corpus: Path = Field(description="the rows as text: what answers are scored against")
+    too_long: TooLong = "truncate"
     tokens: Path = Field(description="the token shards")
     weights: list[float] = Field(default_factory=list, description="of the sources of the stage's rows")
     tokenizer: Path
@@ -81,10 +92,12 @@ def run_stage(
     on_metrics: Callable[[int, Metrics], None] = lambda step, metrics: None,
     stop_requested: Callable[[], bool] = lambda: False,
     checkpoint_requested: Callable[[], bool] = lambda: False,
+    service: RewardService | None = None,
 ) -> Metrics:
     """Train a stage to its end on this process's rank; rank 0 commits the model. Returns the artifact's metrics.
 
-    Raises StoppedError when `stop_requested` says so, on whichever rank, or a file named `stop` is in the work folder.
+    `service` gives MRL its rewards and values; without one they are computed in this process. Raises StoppedError when
+    `stop_requested` says so, on whichever rank, or a file named `stop` is in the work folder.
     """
     use_cpus(job.cpus)
     device = start_process_group(job.use_gpu, job.training.hang_seconds)
@@ -101,7 +114,7 @@ def run_stage(
 
             history = _History(job.work / HISTORY, on_metrics)
             hooks = Hooks(history.add, history.start, stopping, checkpoint_requested)
-            return _train(job, device, watch, hooks)
+            return _train(job, device, watch, hooks, service)
     finally:
         if watch is not None:
             watch.close()
@@ -116,22 +129,33 @@ def _new_attempt(job: StageJob) -> str:
     return claim(job.work / WORKERS, job.invocation, job.invoked)
 
 
-def _train(job: StageJob, device: torch.device, watch: Watch, hooks: Hooks) -> Metrics:
+def _train(job: StageJob, device: torch.device, watch: Watch, hooks: Hooks, service: RewardService | None) -> Metrics:
     tokenizer = RxtTokenizer.load(job.tokenizer / TOKENIZER)
     model = _starting_model(job).to(device)
     seed = derive_seed(job.seed, job.name)
-    rows = TokenShards(job.tokens, job.stage.section, "train")
-    stage = build_stage(job.stage, rows, seed, job.window, job.weights, job.stateless)
-    held_out = TokenShards(job.tokens, job.stage.section, "validation")
-    settings = EngineSettings(job.training, job.work, job.identity, job.provenance, device, watch)
+    rows, held_out = _rows(job, tokenizer)
+    judging = None
+    if isinstance(job.stage, EpisodeConfig):
+        assert isinstance(held_out, EpisodeSet)
+        judging = Judging(held_out, tokenizer, service or _scorer(job), _reference(job))
+    if isinstance(model, ActorCritic):
+        model.critic.set_tokenizer(tokenizer)
+    stage = build_stage(job.stage, rows, seed, job.window, job.weights, job.stateless, judging)
+    settings = EngineSettings(job.training, job.work, job.identity, job.provenance, device, watch, service)
     engine = Engine(model, stage, settings)
     result = engine.run(validation_batches(held_out, job.stage), hooks)
     metrics = _summary(result)
     architecture = STATELESS if job.stateless else "RxTAlpha"
 
+    def save(folder: Path, state: dict[str, Tensor]) -> None:
+        policy, critic = split_critic(state)
+        save_model(folder, job.model, policy, tokenizer, architecture)
+        if isinstance(model, ActorCritic):
+            save_critic(folder, model.critic, critic, tokenizer)
+
     def commit() -> None:
         with commit_directory(job.output, MODEL_KIND, Provenance(job.provenance, job.parents, metrics)) as folder:
-            save_model(folder, job.model, result.state, tokenizer, architecture)
+            save(folder, result.state)
             shutil.copyfile(job.work / HISTORY, folder / "history.jsonl")
             for records in ("spans", "profile"):
                 if (job.work / records).exists():
@@ -139,7 +163,7 @@ def _train(job: StageJob, device: torch.device, watch: Watch, hooks: Hooks) -> M
             if result.best is not None:
                 found, weights = result.best
                 (folder / "best").mkdir()
-                save_model(folder / "best", job.model, weights, tokenizer, architecture)
+                save(folder / "best", weights)
                 (folder / "best" / "metrics.json").write_text(json.dumps(found, indent=1))
             if result.skipped:
                 (folder / "skipped.json").write_text(json.dumps([asdict(one) for one in result.skipped], indent=1))
@@ -150,8 +174,48 @@ def _train(job: StageJob, device: torch.device, watch: Watch, hooks: Hooks) -> M
     return metrics
 
 
+def _rows(job: StageJob, tokenizer: RxtTokenizer) -> tuple[ExampleSet, ExampleSet]:
+    """The stage's training rows and its held-out ones."""
+    stage = job.stage
+    if not isinstance(stage, EpisodeConfig):
+        train, held_out = (stage_rows(TokenShards(job.tokens, stage.section, split), stage) for split in SPLITS)
+        return train, held_out
+    encoder = RowEncoder(tokenizer, job.window, job.too_long)
+    talks = [EpisodeSet.read(job.corpus, split, encoder, stage.steps, stage.sources) for split in SPLITS]
+    return talks[0], talks[1]
+
+
+def _scorer(job: StageJob) -> LocalScorer:
+    """What gives rewards in this process; what it compares meaning with does not move while the stage trains."""
+    stage = job.stage
+    assert isinstance(stage, EpisodeConfig)
+    assert job.start is not None
+    embedding: TextEmbedding = HashedEmbedding()
+    if stage.meaning == "tokens":
+        embedding = TokenEmbedding(job.start)
+    elif stage.meaning == "encoder":
+        embedding = EncoderEmbedding.load(job.start)
+    return LocalScorer(stage.reward, embedding)
+
+
+def _reference(job: StageJob) -> ReactiveTransformer | None:
+    """The model that the stage starts from, where the objective compares with it."""
+    objective = job.stage.objective if isinstance(job.stage, MemoryRLConfig) else None
+    if objective is None or (isinstance(objective, PolicyObjective) and not objective.kl_weight):
+        return None
+    assert job.start is not None
+    return load_model(job.start, torch.float32)[0]
+
+
 def validation_batches(examples: Sequence[Example], config: StageConfig) -> list[Batch]:
-    """The same held-out rows for every run and every worker: the first 256, in order, read as the stage reads rows."""
+    """The same held-out rows for every run and every worker: the first 256, in order, read as the stage reads rows.
+
+    Stages of episodes hold as many conversations as they say, in one batch.
+    """
+    if isinstance(config, EpisodeConfig):
+        indices = range(min(len(examples), config.held_out))
+        seeds = [derive_seed("validation", index) for index in indices]
+        return [collate([examples[index] for index in indices], seeds, indices)]
     rows = examples[:_VALIDATION_ROWS]
     if not system_prompts(config):
         rows = [row.without_opening() for row in rows]
@@ -166,6 +230,13 @@ def validation_batches(examples: Sequence[Example], config: StageConfig) -> list
 
 def _starting_model(job: StageJob) -> Model:
     torch.manual_seed(derive_seed(job.seed, "weights"))
+    critic = job.stage.critic if isinstance(job.stage, EpisodeConfig) else None
+    if critic is not None and job.start is not None:
+        assert isinstance(job.stage, EpisodeConfig)
+        verify_directory(job.start, MODEL_KIND)
+        window = critic.window or 2 * job.model.max_length
+        head = HeadConfig(kind="value", scale=job.stage.reward.scale, max_length=window)
+        return load_actor_critic(job.model, head, job.start)
     model = StatelessTransformer(job.model) if job.stateless else ReactiveTransformer(job.model)
     if job.start is not None:
         verify_directory(job.start, MODEL_KIND)

@@ -18,7 +18,9 @@ from rxt_platform.training.watch import Watch
 logger = logging.getLogger(__name__)
 
 Metrics = dict[str, float]
-Part = Literal["data", "forward", "backward", "optimizer", "checkpoint", "evaluation"]
+Part = Literal[
+    "data", "generation", "reward", "collection", "forward", "backward", "optimizer", "checkpoint", "evaluation"
+]
 
 PARTS: tuple[Part, ...] = ("data", "forward", "backward", "optimizer", "checkpoint")
 DATA_SHEET_TFLOPS = {"H100 80GB HBM3": 989.0, "H200": 989.0}

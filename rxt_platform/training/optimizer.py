@@ -5,7 +5,7 @@ import math
 import torch
 from torch import nn
 
-from rxt_platform.config.stages import Component, OptimizerConfig
+from rxt_platform.config.stage_base import Component, OptimizerConfig
 from rxt_platform.model.parameters import component_of
 from rxt_platform.stages.base import Phase
 

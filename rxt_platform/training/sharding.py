@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from rxt_platform.config.stages import Component
+from rxt_platform.config.stage_base import Component
 from rxt_platform.model.parameters import component_of
 
 WEIGHT = "weight"

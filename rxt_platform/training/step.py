@@ -9,10 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rxt_platform.data.batches import Batch
 from rxt_platform.model.flops import ForwardFlops
 from rxt_platform.model.layers import rebalance
-from rxt_platform.stages.base import LossReport, Stage, phase_at
+from rxt_platform.stages.base import LossReport, Stage, TrainingBatch, phase_at
 from rxt_platform.training.guards import SpikeError, SpikeGuard
 from rxt_platform.training.measures import Metrics, StepClock
 from rxt_platform.training.strategy import Strategy
@@ -59,12 +58,12 @@ class StepRunner:
         self.micro, self.device, self.clock = micro, device, clock
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
 
-    def run(self, step: int, batch: Batch, guard: SpikeGuard, wishes: Wishes, norms: bool) -> Outcome:
+    def run(self, step: int, batch: TrainingBatch, guard: SpikeGuard, wishes: Wishes, norms: bool) -> Outcome:
         """One optimizer step on the global batch; the metrics are those of the whole batch."""
         phase = phase_at(self.stage.phases(), step)
         rate = self.strategy.set_rates(step, self.stage.sampler.total_steps, phase)
         sums: LossReport | None = None
-        losses: list[tuple[Batch, Tensor]] = []
+        losses: list[tuple[TrainingBatch, Tensor]] = []
         flops = 0
         parts = list(batch.shares(self.rank, self.world, self.micro))
         for number, part in enumerate(parts, start=1):
@@ -123,7 +122,7 @@ class StepRunner:
         values = all_of_it[: len(names) + len(asked)].tolist()
         return dict(zip(names, values, strict=False)), Wishes.of(values[len(names) :])
 
-    def _blame(self, losses: Iterable[tuple[Batch, Tensor]]) -> str:
+    def _blame(self, losses: Iterable[tuple[TrainingBatch, Tensor]]) -> str:
         """Which rows' losses are not finite, and on which ranks. All ranks must call it."""
         rows = [row for part, loss in losses if not math.isfinite(float(loss)) for row in part.rows.tolist()]
         everyone: list[Any] = [None] * self.world

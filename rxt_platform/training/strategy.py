@@ -4,14 +4,17 @@ All that is particular to a ZeRO stage or a precision is here and in `sharding`.
 micro-batches and ranks, while parts of our losses add up, so losses are scaled by their number.
 """
 
+import copy
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from rxt_platform.config.stages import OptimizerConfig
+from rxt_platform.config.stage_base import OptimizerConfig
 from rxt_platform.config.training import TrainingConfig
 from rxt_platform.stages.base import Phase
 from rxt_platform.training.distributed import set_timeout
@@ -35,6 +38,8 @@ class Strategy:
 
         self.training, self.config, self.model, self.forwards = training, config, model, forwards
         self.world = dist.get_world_size()
+        self._skeleton = copy.deepcopy(model).to("meta") if training.zero_stage == 3 else None
+        self._copy: Any = None
         self.optimizer = build_optimizer(model, config, phases)
         # What no phase trains comes out as it went in, also where DeepSpeed holds it in bf16.
         self.untrained = {
@@ -72,6 +77,32 @@ class Strategy:
             # Without it, ZeRO-1 of DeepSpeed 0.19.8 counts a step's first forwards again with each later one.
             settings["bf16"]["immediate_grad_update"] = True
         return settings
+
+    @property
+    def precision(self) -> torch.dtype:
+        """That the forward computes in."""
+        return torch.bfloat16 if self.training.precision == "bf16" else torch.float32
+
+    @contextmanager
+    def whole_model(self) -> Iterator[Any]:
+        """The model for use without gradient outside of DeepSpeed's forward, such as for generation.
+
+        Under ZeRO-3, whose modules hold parts only, a whole copy on every rank. All ranks must call it.
+        """
+        if self.training.zero_stage < 3:
+            yield self.model
+            return
+        import deepspeed
+
+        if self._copy is None:
+            assert self._skeleton is not None
+            self._copy = copy.deepcopy(self._skeleton).to_empty(device=self.engine.device)
+        for name, parameter in self.model.named_parameters():
+            with deepspeed.zero.GatheredParameters(parameter), torch.no_grad():
+                self._copy.get_parameter(name).copy_(parameter)
+        for name, buffer in self.model.named_buffers():
+            self._copy.get_buffer(name).copy_(buffer)
+        yield self._copy
 
     def set_rates(self, step: int, steps: int, phase: Phase) -> float:
         """Set the learning rates of `step` (from 0) of `steps`; returns the rate before components' factors."""

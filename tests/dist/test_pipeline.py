@@ -14,15 +14,19 @@ from rxt_platform.orchestration.plan import build_plan
 from rxt_platform.orchestration.runner import run_pipeline
 from rxt_platform.orchestration.steps import only_holder
 from rxt_platform.storage.directory import verify_directory
-from tests.support import ROOT, SMALL, STAGES, environment, read_report, run_driver, small_run, weights_of
+from tests.support import ALL_STAGES, ROOT, SMALL, environment, read_report, run_driver, small_run, weights_of
 
 pytestmark = pytest.mark.dist
 
 
 def test_report_holds_what_was_measured(finished_pipeline: Path) -> None:
     report = read_report(finished_pipeline)
-    assert [stage["name"] for stage in report["stages"]] == list(STAGES)
-    for stage in report["stages"]:
+    assert [stage["name"] for stage in report["stages"]] == list(ALL_STAGES)
+    *supervised, mrl = report["stages"]
+    assert set(mrl["held_out"]) == {"reward", "recall", "greedy_reward"}
+    assert all(0 <= value <= 10 for pair in mrl["held_out"].values() for value in pair)
+    assert mrl["loss_before"] is None
+    for stage in supervised:
         if stage["kind"] != "memory_pretraining":  # the only one without experts
             assert stage["expert_load"]["max"] >= 1 >= stage["expert_load"]["min"] >= 0
         assert stage["seconds"] > 0
@@ -93,7 +97,7 @@ def test_mlflow_holds_parent_children_metrics_and_lineage(finished_pipeline: Pat
     children = {
         run.data.tags["rxt.step"]: run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id
     }
-    assert list(children) == ["corpus", "tokenizer", "tokens", *STAGES, "evaluation"]
+    assert list(children) == ["corpus", "tokenizer", "tokens", *ALL_STAGES, "evaluation"]
     assert {run.info.status for run in [parent, *children.values()]} == {"FINISHED"}
     sft = children["sft"]
     history = client.get_metric_history(sft.info.run_id, "loss")
@@ -139,7 +143,7 @@ def test_a_baseline_is_trained_beside_a_finished_model_and_measured_by_the_same_
     assert done.returncode == 0, done.stderr[-2000:]
     report = json.loads((finished_pipeline / "compared/report.json").read_text())
     status = {step["name"]: step["status"] for step in report["steps"]}
-    assert {status[stage] for stage in STAGES} == {"reused"}
+    assert {status[stage] for stage in ALL_STAGES} == {"reused"}
     baseline = ["baseline.pretraining", "baseline.sft", "baseline.memory_aware"]
     assert [name for name, how in status.items() if how == "made"] == [*baseline, "evaluation"]
     assert report["baseline"]["responder"] == {
@@ -207,5 +211,5 @@ def test_models_lists_exact_counts() -> None:
 def test_plan_starts_nothing(finished_pipeline: Path) -> None:
     overrides = [*SMALL, f"storage={finished_pipeline}"]
     rows = json.loads(rxt("plan", "pipelines/configs/quickstart.yaml", *overrides, "--json"))
-    assert [row["step"] for row in rows] == ["corpus", "tokenizer", "tokens", *STAGES, "evaluation"]
+    assert [row["step"] for row in rows] == ["corpus", "tokenizer", "tokens", *ALL_STAGES, "evaluation"]
     assert "pretraining            cached" in rxt("plan", "pipelines/configs/quickstart.yaml", *overrides)

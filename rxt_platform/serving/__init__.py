@@ -1,0 +1,1 @@
+"""The reward and critic service on Ray Serve, and its clients (DESIGN 11)."""
