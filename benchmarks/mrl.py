@@ -2,15 +2,17 @@
 
     python benchmarks/mrl.py --storage runs/mrl_benchmark [--seeds 3] [--arm group ...] [--model DIR ...] [--json FILE]
 
-The base is pipelines/configs/mrl.yaml: supervised stages on conversations of up to four turns, then 2, 4 and 8 follow-ups.
-Beside the curriculum ("group") stands as much computing time of going on with memory-aware training on the same
+The base is pipelines/configs/mrl.yaml: supervised stages on conversations of up to four turns, then 2, 4 and 8
+follow-ups. Beside the curriculum ("group") stands as much CPU time of going on with memory-aware training on the same
 conversations ("supervised"), and the same curriculum with other objectives. Held-out conversations of nine turns;
 facts are combinations (character, attribute, value) that no training row holds. Each process has one worker on one
-thread, without Ray. What was trained or measured before is taken over: an interrupted run goes on with the same command.
+thread, without Ray. What was trained or measured before is taken over: an interrupted run goes on with the same
+command.
 """
 
 import json
 import multiprocessing
+import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -29,9 +31,9 @@ from rxt_platform.data.batches import derive_seed
 from rxt_platform.data.examples import RowEncoder
 from rxt_platform.data.recall import matches
 from rxt_platform.data.story_world import StoryWorld
-from rxt_platform.data.tokenizer import RxtTokenizer, answer_ids
+from rxt_platform.data.tokenizer import answer_ids
 from rxt_platform.evaluation.intervals import RESAMPLES
-from rxt_platform.model.files import TOKENIZER, load_model
+from rxt_platform.model.files import load_model
 from rxt_platform.orchestration.plan import PREPARED, Step, build_plan
 from rxt_platform.orchestration.prepare import prepare
 from rxt_platform.orchestration.reinforce import reinforced
@@ -85,25 +87,13 @@ def configured(arm: str, seed: int, storage: Path, base: Path) -> RunConfig:
     return reinforced(base_run(seed, storage, overrides), str(base))
 
 
-def supervised(seed: int, storage: Path, base: Path, seconds: float) -> RunConfig:
-    """Memory-aware training that goes on for so long, on the conversations of the curriculum."""
+def supervised(seed: int, storage: Path, base: Path, steps: int) -> RunConfig:
+    """Memory-aware training that goes on for so many steps, on the conversations of the curriculum."""
     config = base_run(seed, storage)
     last = config.stages["memory_aware"]
-    made = json.loads((base / "manifest.json").read_text())["metrics"]
-    talks = StoryWorld(1)
-    tokens = (
-        sum(
-            len(RxtTokenizer.load(base / TOKENIZER).encode(text)) + 3
-            for turns in (3, 5, 9)
-            for talk in talks.conversations("train", 100, turns)
-            for one in talk.interactions
-            for text in (f"{one.query} {one.answer}",)
-        )
-        / 300
-    )
     changes: dict[str, Any] = {
         "sources": [1, 2, 3],
-        "epochs": seconds * made["tokens"] / made["seconds"] / tokens / 24000,
+        "epochs": steps * last.global_batch_size / 24000,
         "curriculum": [],
         "unfreeze_memory_attention": 0.0,
         "unfreeze_encoder": 0.0,
@@ -111,6 +101,18 @@ def supervised(seed: int, storage: Path, base: Path, seconds: float) -> RunConfi
         "start_from": StartFrom(artifact=str(base)),
     }
     return config.model_copy(update={"stages": {"more_memory_aware": last.model_copy(update=changes)}})
+
+
+def steps_for(seconds: float, storage: Path, base: Path) -> int:
+    """Of memory-aware training in so many seconds of CPU, the start of a process included."""
+    few, more = 5, 45
+    costs = [
+        spent(supervised(0, storage, base, steps))
+        for steps in (few, more)
+        if train(supervised(0, storage, base, steps))
+    ]
+    each = (costs[1] - costs[0]) / (more - few)
+    return round((seconds - costs[0] + few * each) / each)
 
 
 def train(config: RunConfig) -> Path:
@@ -130,14 +132,27 @@ def _run(config: RunConfig, plan: list[Step], step: Step) -> None:
     job = step.work / "job.json"
     job.write_text(stage_job(config, plan, step).model_dump_json())
     command = [sys.executable, "-m", "rxt_platform.training", str(job)]
-    done = subprocess.run(command, env=job_environment(), capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise click.ClickException(f"{step.label}: {done.stderr[-2000:]}")
+    with (step.work / "log.txt").open("w") as log:
+        process = subprocess.Popen(command, env=job_environment(), stdout=log, stderr=log)
+        _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise click.ClickException(f"{step.label}: {(step.work / 'log.txt').read_text()[-2000:]}")
+    _cpu_file(step).write_text(json.dumps(usage.ru_utime + usage.ru_stime))
     click.echo(f"trained  {step.label}", err=True)
 
 
+def _cpu_file(step: Step) -> Path:
+    return step.artifact.parents[1] / "measured" / f"{step.label}.cpu.json"
+
+
+def spent(config: RunConfig) -> float:
+    """Seconds of CPU that a run's training took: what other processes do at the time does not count."""
+    steps = [step for step in build_plan(config) if step.kind == "training"]
+    return sum(float(json.loads(_cpu_file(step).read_text())) for step in steps)
+
+
 def measure(model: Path, file: Path) -> None:
-    """Held-out conversations held free-running: greedy once, sampled twice. [conversation, distance, greedy, sampled]."""
+    """Hold held-out conversations free-running: questions as [conversation, distance, greedy, sampled (of two)]."""
     use_cpus(1)
     loaded, tokenizer = load_model(model)
     talks = StoryWorld(1).conversations("validation", CONVERSATIONS, TURNS)
@@ -196,7 +211,7 @@ def summary(rows: Sequence[Sequence[float]], other: Sequence[Sequence[float]] | 
 
 
 def lowest(config: RunConfig) -> dict[str, float]:
-    """Of each stage of the curriculum, the lowest mean of five updates after the warm-up over that of the first five."""
+    """Of each stage of the curriculum, the lowest mean reward of five updates over that of the first five."""
     found = {}
     for step in build_plan(config):
         if step.name in CURRICULUM:
@@ -247,10 +262,9 @@ def table(results: Mapping[str, Sequence[Mapping[str, Any]]], names: Sequence[st
             cells = []
             for name in names:
                 one, scale = entry[name], 100 if name.startswith("recall") else 1
-                low, high = (scale * bound for bound in one["interval"])
-                cells.append(
-                    f"{scale * one['value']:.{1 if scale > 1 else 2}f} [{low:.{1 if scale > 1 else 2}f}, {high:.{1 if scale > 1 else 2}f}]"
-                )
+                digits = 1 if scale > 1 else 2
+                value, low, high = (f"{scale * bound:.{digits}f}" for bound in (one["value"], *one["interval"]))
+                cells.append(f"{value} [{low}, {high}]")
             lines.append(f"| {arm} | {seed} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -258,6 +272,7 @@ def table(results: Mapping[str, Sequence[Mapping[str, Any]]], names: Sequence[st
 @click.command()
 @click.option("--storage", type=click.Path(path_type=Path), default=Path("runs/mrl_benchmark"), show_default=True)
 @click.option("--seeds", type=click.IntRange(1), default=3, show_default=True)
+@click.option("--others", type=click.IntRange(1), default=3, show_default=True, help="seeds of all arms but the first")
 @click.option("--parallel", type=click.IntRange(1), default=2, show_default=True, help="processes at a time")
 @click.option("--arm", "arms", multiple=True, type=click.Choice(list(ARMS)), help="only these; may be given again")
 @click.option("--model", "given", multiple=True, type=click.Path(path_type=Path), help="start from these, one a seed")
@@ -266,6 +281,7 @@ def table(results: Mapping[str, Sequence[Mapping[str, Any]]], names: Sequence[st
 def main(
     storage: Path,
     seeds: int,
+    others: int,
     parallel: int,
     arms: tuple[str, ...],
     given: tuple[Path, ...],
@@ -278,16 +294,18 @@ def main(
     if given and len(given) != seeds:
         raise click.UsageError(f"{len(given)} --model for {seeds} --seeds: give one for each")
     chosen, every = list(arms or ARMS), range(seeds)
-    tasks = [(arm, seed) for arm in chosen for seed in every]
+    of = {arm: range(seeds if arm == chosen[0] else min(others, seeds)) for arm in chosen}
+    tasks = [(arm, seed) for arm in chosen for seed in of[arm]]
     with ThreadPoolExecutor(parallel) as threads:
         base = list(given) or list(threads.map(lambda seed: train(supervised_base(seed, storage)), every))
         base = [model.resolve() for model in base]
         runs = {task: configured(*task, storage, base[task[1]]) for task in tasks}
-        for run in (*list(runs.values())[:1], supervised(0, storage, base[0], 1.0)):
+        for run in (*list(runs.values())[:1], supervised(0, storage, base[0], 5)):
             prepare(run, build_plan(run), _no_ray)  # what all share, before two want to make it
         models = list(threads.map(train, runs.values()))
-        spent = [_seconds(runs[chosen[0], seed]) for seed in every]
-        more = list(threads.map(lambda seed: train(supervised(seed, storage, base[seed], spent[seed])), every))
+        cost = steps_for(float(np.mean([spent(runs[chosen[0], seed]) for seed in every])), storage, base[0])
+        go_on = [supervised(seed, storage, base[seed], cost) for seed in every]
+        more = list(threads.map(train, go_on))
     named = {("before", seed): base[seed] for seed in every}
     named |= dict(zip(tasks, models, strict=True)) | {("supervised", seed): more[seed] for seed in every}
     files = {key: storage / "measured" / f"{model.name}-{CONVERSATIONS}x{TURNS}.json" for key, model in named.items()}
@@ -296,33 +314,25 @@ def main(
         for one in waiting:
             one.result()
     rows = {key: json.loads(file.read_text()) for key, file in files.items()}
+    of |= {"before": every, "supervised": every}
     order = ["before", *chosen, "supervised"]
-    results = {arm: [summary(rows[arm, seed]) for seed in every] for arm in order}
-    gains = {arm: [summary(rows[arm, seed], rows["before", seed]) for seed in every] for arm in order[1:]}
+    results = {arm: [summary(rows[arm, seed]) for seed in of[arm]] for arm in order}
+    gains = {arm: [summary(rows[arm, seed], rows["before", seed]) for seed in of[arm]] for arm in order[1:]}
     names = ["reward", "greedy_reward", *(f"recall at {distance}" for distance in DISTANCES)]
     click.echo(f"{CONVERSATIONS} held-out conversations of {TURNS} turns, free-running; recall in %, 95 % intervals\n")
     click.echo(f"{table(results, names)}\n\nDifference from before\n\n{table(gains, names)}\n")
     click.echo("Lowest mean reward of five updates over that of a stage's first five")
-    floors = {arm: [lowest(runs[arm, seed]) for seed in every] for arm in chosen}
+    floors = {arm: [lowest(runs[arm, seed]) for seed in of[arm]] for arm in chosen}
     for arm, of in floors.items():
         click.echo(f"{arm}: " + "; ".join(", ".join(f"{k} {v:.2f}" for k, v in one.items()) for one in of))
-    click.echo(
-        "Seconds of training: " + json.dumps({f"{arm} {seed}": round(_seconds(runs[arm, seed])) for arm, seed in tasks})
-    )
-    click.echo(
-        "supervised: "
-        + ", ".join(f"{json.loads((model / 'manifest.json').read_text())['metrics']['seconds']:.0f}" for model in more)
-    )
+    click.echo("\nSeconds of CPU")
+    for arm in chosen:
+        click.echo(f"{arm}: " + ", ".join(f"{spent(runs[arm, seed]):.0f}" for seed in of[arm]))
+    click.echo(f"supervised, {cost} steps: " + ", ".join(f"{spent(one):.0f}" for one in go_on))
     if json_file is not None:
         json_file.write_text(json.dumps({"results": results, "gains": gains, "floors": floors}, indent=1))
     if curves is not None:
-        draw({arm: [curve(runs[arm, seed]) for seed in every] for arm in chosen}, curves)
-
-
-def _seconds(config: RunConfig) -> float:
-    """That the curriculum took."""
-    steps = [step for step in build_plan(config) if step.name in CURRICULUM]
-    return sum(json.loads((step.artifact / "manifest.json").read_text())["metrics"]["seconds"] for step in steps)
+        draw({arm: [curve(runs[arm, seed]) for seed in of[arm]] for arm in chosen}, curves)
 
 
 def _no_ray() -> None:
