@@ -135,16 +135,23 @@ def no_ray() -> None:
     raise AssertionError("a small corpus needs no Ray")
 
 
-def driver_command(storage: Path, *overrides: str) -> list[str]:
+def driver_command(storage: Path, *overrides: str, script: str = "full_smst.py") -> list[str]:
     """How a user starts the small pipeline."""
     config = str(ROOT / "pipelines/configs/quickstart.yaml")
-    script = str(ROOT / "pipelines/full_smst.py")
-    return [sys.executable, script, "--config", config, *SMALL, f"storage={storage}", *overrides]
+    return [
+        sys.executable,
+        str(ROOT / "pipelines" / script),
+        "--config",
+        config,
+        *SMALL,
+        f"storage={storage}",
+        *overrides,
+    ]
 
 
-def run_driver(storage: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+def run_driver(storage: Path, *overrides: str, script: str = "full_smst.py") -> subprocess.CompletedProcess[str]:
     """Run the small pipeline to its end in a process of its own."""
-    command = driver_command(storage, *overrides)
+    command = driver_command(storage, *overrides, script=script)
     return subprocess.run(
         command, env=environment(), cwd=storage, capture_output=True, text=True, timeout=540, check=False
     )

@@ -30,6 +30,14 @@ class Cache:
         """Tokens that fit."""
         return self.keys[0].shape[2]
 
+    def rows(self, index: Tensor) -> "Cache":
+        """A cache of some of the rows, `index` int64 [rows]."""
+        return Cache(
+            [keys[index] for keys in self.keys],
+            [values[index] for values in self.values],
+            [None if pair is None else (pair[0][index], pair[1][index]) for pair in self.memory],
+        )
+
 
 class DecoderLayer(nn.Module):
     """Pre-norm causal self-attention, memory cross-attention in stateful layers, and experts or a dense SwiGLU."""

@@ -118,24 +118,28 @@ def generate(
     states = model.decoder.prefill(model.embedding(ids), mask, cache)
     last = states[torch.arange(rows, device=device), at - 1]
     chosen = choose(model.decoder.head(last), options, draws[:, 0])
-    alive = [True] * rows
+    alive, present = [True] * rows, list(range(rows))  # `present` are the rows that are computed
     for turn in range(1, window + 1):
-        tokens = chosen.tolist()
-        broken = [row for row, token in enumerate(tokens) if alive[row] and token == NOT_FINITE]
-        if broken:
-            raise _not_finite(broken[0], f"token {turn}")
-        yield [token if live else None for token, live in zip(tokens, alive, strict=True)]
-        lengths = [length + 1 for length in lengths]
-        alive = [
-            live and token not in options.stop and length < end
-            for live, token, length, end in zip(alive, tokens, lengths, ends, strict=True)
-        ]
-        if not any(alive):
+        said: list[int | None] = [None] * rows
+        for row, token in zip(present, chosen.tolist(), strict=True):
+            if alive[row]:
+                if token == NOT_FINITE:
+                    raise _not_finite(row, f"token {turn}")
+                said[row] = token
+                lengths[row] += 1
+                alive[row] = token not in options.stop and lengths[row] < ends[row]
+        yield said
+        live = [row for row in present if alive[row]]
+        if not live:
             return
+        if stepper.execution == "eager" and len(live) <= len(present) // 2:  # of other ways, shapes repeat
+            kept = torch.tensor([at for at, row in enumerate(present) if alive[row]], device=device)
+            present, cache, chosen, draws = live, cache.rows(kept), chosen[kept], draws[kept]
         # Rows that have ended go on with [PAD] at the last place of the cache: what they compute is not looked at.
-        places = [length - 1 if live else max(ends) - 1 for length, live in zip(lengths, alive, strict=True)]
-        chosen = chosen.where(torch.tensor(alive, device=device), PAD)
-        used = max(place for place, live in zip(places, alive, strict=True) if live) + 1
+        going = [alive[row] for row in present]
+        places = [lengths[row] - 1 if alive[row] else max(ends) - 1 for row in present]
+        chosen = chosen.where(torch.tensor(going, device=device), PAD)
+        used = max(lengths[row] for row in live)
         chosen = stepper.next(
             chosen,
             torch.tensor(places, device=device),

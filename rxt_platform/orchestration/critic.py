@@ -1,5 +1,6 @@
 """The reward and critic service of MRL stages: started beside a stage's job, reached by handle, ended with it."""
 
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -25,7 +26,8 @@ def reward_service(config: RunConfig, job: StageJob) -> Iterator[RewardService |
     from rxt_platform.serving.client import HandleClient
     from rxt_platform.serving.deploy import deploy, undeploy
 
-    stage, versions = job.stage, job.work / VERSIONS
+    # Of its own: a resume on another number of workers may come to weights that differ in their last bits.
+    stage, versions = job.stage, job.work / VERSIONS / uuid.uuid4().hex[:8]
     serving = ServingConfig(
         service=config.critic_service,
         rewards=stage.reward,

@@ -13,7 +13,7 @@ from typing import Literal, Protocol, Self, TypeAlias
 
 import numpy as np
 import torch
-from scipy.sparse import csr_array  # type: ignore[import-untyped]
+from scipy.sparse import csr_array
 from sklearn.feature_extraction.text import HashingVectorizer
 from sklearn.preprocessing import normalize
 from sklearn.utils.extmath import row_norms

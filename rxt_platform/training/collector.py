@@ -112,7 +112,7 @@ class Collector:
     @torch.no_grad()
     def _collect(self, number: int, step: int, conversations: Batch, phase: Phase) -> Experience:
         config = self.stage.config
-        with self.clock.part("generation"), self.strategy.whole_model() as model:
+        with self.strategy.whole_model() as model:
             model.eval()
             self._publish(model, number)
             try:
@@ -137,7 +137,8 @@ class Collector:
         with ThreadPoolExecutor(1, thread_name_prefix="rewards") as thread:
             waiting = []
             for group in groups:
-                held = hold_episodes(model, episodes[group], self.stage.options)
+                with self.clock.part("generation"):
+                    held = hold_episodes(model, episodes[group], self.stage.options)
                 rollouts += held
                 waiting.append(thread.submit(self.stage.rewards, held))
             with self.clock.part("reward"):

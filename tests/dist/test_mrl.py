@@ -156,3 +156,22 @@ def test_rewards_and_values_from_ray_serve_are_those_of_the_workers(finished_pip
     for row, other in zip(history, local.history(STAGE), strict=True):
         for name in ("reward", "objective", "critic_correlation"):
             assert row[name] == pytest.approx(other[name], abs=1e-5), (row["step"], name)
+
+
+def test_the_scripts_run_everything_and_the_curriculum_alone(finished_pipeline: Path) -> None:
+    """What is finished is reused; the curriculum on a model that is there makes the very model of the whole run."""
+    whole = run_driver(finished_pipeline, "name=full", script="full.py")
+    assert whole.returncode == 0, whole.stderr[-2000:]
+    report = json.loads((finished_pipeline / "full/report.json").read_text())
+    assert {step["status"] for step in report["steps"]} == {"reused"}
+    steps = {step["name"]: Path(step["artifact"]) for step in report["steps"]}
+    model = ["--model", str(steps["memory_aware"])]
+    alone = run_driver(finished_pipeline, *model, "name=alone", "resources.workers=1", script="mrl.py")
+    assert alone.returncode == 0, alone.stderr[-2000:]
+    made = json.loads((finished_pipeline / "alone_alone/report.json").read_text())
+    assert [step["name"] for step in made["steps"]] == ["corpus", "tokenizer", "tokens", "mrl", "evaluation"]
+    assert "Reinforcement" not in alone.stdout  # a heading of the page
+    assert "before → after" in alone.stdout
+    refused = run_driver(finished_pipeline, "--model", str(finished_pipeline / "nothing"), script="mrl.py")
+    assert refused.returncode == 2
+    assert "no such model directory" in refused.stderr

@@ -14,11 +14,15 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
+from rxt_platform.model.files import save_model
+from tests.unit.episodes import world_model, world_tokenizer
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SMALL = {
     "moe": ["--tokens", "64", "--experts", "3", "--hidden", "16", "--inner", "16", "--repeats", "2"],
     "generation": ["--preset", "tiny", "--batch", "3", "--new", "6", "--rows", "2", "--repeats", "1"],
     "latency_by_turn": ["--preset", "tiny", "--turns", "3", "--query-tokens", "6", "--answer-tokens", "5"],
+    "bleu": ["--shape", "4x12", "--repeats", "2"],
     "joint_step": ["--preset", "tiny", "--batch", "2", "--repeats", "2"],
 }
 
@@ -103,7 +107,7 @@ def test_conversation_is_drawn(tmp_path: Path) -> None:
 
 def test_run_without_ray_deepspeed_and_mlflow() -> None:
     code = (
-        f"import sys; sys.path.insert(0, {str(BENCHMARKS)!r}); import {', '.join(SMALL)}, turn_plot\n"
+        f"import sys; sys.path.insert(0, {str(BENCHMARKS)!r}); import {', '.join(name for name in SMALL if name != 'bleu')}, turn_plot\n"
         "heavy = {'ray', 'deepspeed', 'mlflow', 'datasets', 'pyarrow', 'matplotlib', 'huggingface_hub'}\n"
         "sys.exit(str(heavy & set(sys.modules)) if heavy & set(sys.modules) else 0)"
     )
@@ -124,3 +128,21 @@ def test_gpu_script_goes_on_after_a_failure_and_names_it(tmp_path: Path) -> None
     assert done.returncode == 1
     assert done.stdout.splitlines()[-2:] == ["FAILED: moe-nano (exit 1)", "FAILED: moe-synthetic (exit 1)"]
     assert done.stdout.count("benchmarks/generation.py") == 4
+
+
+def test_rollouts_are_held_alone_as_together(tmp_path: Path) -> None:
+    model = world_model()
+    save_model(tmp_path, model.config, dict(model.state_dict()), world_tokenizer())
+    history = tmp_path / "history.jsonl"
+    parts = {"generation": 2.0, "reward": 0.1, "forward": 1.0, "backward": 0.5, "optimizer": 0.1, "data": 0.1}
+    history.write_text(json.dumps({"step_seconds": 4.0, **{f"{k}_seconds": v for k, v in parts.items()}}) + "\n")
+    module = importlib.import_module("rollouts")
+    options = ["--conversations", "3", "--follow-ups", "2", "--alone", "2", "--repeats", "1"]
+    command = ["--model", str(tmp_path), "--history", str(history), "--json", str(tmp_path / "x.json"), *options]
+    done = CliRunner().invoke(module.main, command)
+    assert done.exit_code == 0, done.output
+    found = json.loads((tmp_path / "x.json").read_text())["results"]
+    assert found["speed_up"] > 0
+    assert found["shares"] == pytest.approx(
+        {"generation": 0.5, "reward": 0.025, "update": 0.4, "everything else": 0.075}
+    )

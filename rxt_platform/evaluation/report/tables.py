@@ -166,16 +166,20 @@ def turn_table(result: Result) -> Table:
     return Table(["turn", *header, "tokens"], rows)
 
 
+_REWARD_PARTS = {"bleu": "BLEU"}
+
+
 def reward_table(result: Result) -> Table:
     """Composite reward of the follow-ups."""
-    rows = []
+    rows, parts = [], list[str]()
     for label, way in _ways(result):
         reward = way["reward"]
+        parts = [_REWARD_PARTS.get(name, name) for name in reward["components"]]
         cells = [number(reward["mean"]), spread(reward["interval"], number)]
         cells += [number(reward[name]) for name in ("min", "max")]
         cells += [number(value) for value in reward["components"].values()]
         rows.append([label, *cells, f"{reward['conversations']:,}"])
-    header = ["memory", "reward", "95 % CI", "min", "max", "BLEU", "cosine", "length", "conversations"]
+    header = ["memory", "reward", "95 % CI", "min", "max", *parts, "conversations"]
     return Table(header, rows)
 
 
