@@ -5,6 +5,7 @@ Slow because Serve and its replicas start once (20 s and more on a busy machine)
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -272,25 +273,9 @@ def test_a_service_that_does_not_get_ready_ends_at_the_deadline(service: Deploym
 
 # ---- as users do it
 
-CURL = """\
-curl -s http://127.0.0.1:8000/v1/value \\
-     -H "Authorization: Bearer $RXT_SERVE_TOKEN" \\
-     -d '{"version": 0, "texts": ["Tom has a red hat.", "What has Tom?"]}'
-"""
-PYTHON = """\
-import os
-
-from rxt_platform.rl.rewards import ScoredTurn
-from rxt_platform.serving.client import HttpClient
-
-service = HttpClient("http://127.0.0.1:8000", os.environ["RXT_SERVE_TOKEN"])
-episode = [
-    ScoredTurn("Tom has a dog called Rex.", "Nice!", "Nice!", saved=None),
-    ScoredTurn("What is Tom's dog called?", "Rex.", "It is Rex.", saved="Tom has a dog called Rex. Nice!"),
-]
-print(service.score([episode])[0][0])
-print(service.values([[2, 5, 40, 41, 6]], version=0))
-"""
+README = (ROOT / "README.md").read_text()
+(CURL,) = (block for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) if "/v1/value" in block)
+(PYTHON,) = (block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "HttpClient" in block)
 
 
 def test_the_examples_run_as_they_stand(service: Deployment) -> None:

@@ -25,6 +25,9 @@ RUN_BY = {
     ".venv/bin/rxt run pipelines/configs/recall.yaml": "dist/test_recipes.py; dist/test_pipeline.py has a baseline",
     ".venv/bin/rxt run pipelines/configs/tinystories.yaml": "dist/test_real_data.py",
     ".venv/bin/rxt eval": "dist/test_pipeline.py::test_eval_measures_any_conversation_file",
+    ".venv/bin/python pipelines/full.py": "dist/test_mrl.py::test_the_scripts_run_everything_and_the_curriculum_alone",
+    ".venv/bin/python pipelines/mrl.py": "dist/test_mrl.py::test_the_scripts_run_everything_and_the_curriculum_alone",
+    ".venv/bin/rxt serve critic": "dist/test_critic_service.py",
     ".venv/bin/rxt models": "dist/test_pipeline.py::test_models_lists_exact_counts",
     ".venv/bin/rxt data": "unit/test_data_inspect.py, unit/test_data_validate.py, unit/test_data_build.py",
     ".venv/bin/mlflow ui": "dist/test_cluster.py::test_mlflow_page_opens_on_a_run",
@@ -80,20 +83,23 @@ def test_the_readme_s_stages_are_valid() -> None:
         "interaction_sft",
         "memory_pretraining",
         "memory_aware",
+        "critic_pretraining",
+        "memory_rl",
+        "memory_rl",
     ]
 
 
 def test_the_readme_s_example_of_an_evaluation_has_its_layout() -> None:
     """Every key stands in the layout that `Evaluation` documents."""
     layout = Path(evaluate.__file__).read_text()
-    shown, _ = json_blocks()
+    shown, *_ = json_blocks()
     assert set(shown) >= {"answer_tokens", "recall", "follow_up_gain"}
     names = [*shown, *shown["answer_tokens"], *shown["recall"]["1"], *shown["follow_up_gain"]]
     assert [name for name in names if name not in layout] == []
 
 
 def test_the_readme_s_conversation_is_a_valid_row() -> None:
-    _, row = json_blocks()
+    _, row, _ = json_blocks()
     parsed = parse_row("conversation", row)
     assert isinstance(parsed, Conversation)
     assert parsed.interactions[1].recall == Recall(("kite",), 1, False)
