@@ -29,8 +29,8 @@ class ValueHead(nn.Module):
         self.input = nn.Linear(hidden_size, 2 * hidden_size)
         self.norm = nn.LayerNorm(hidden_size)
         self.output = nn.Linear(hidden_size, 1)
-        self.scale = nn.Parameter(torch.tensor(scale))
-        self.shift = nn.Parameter(torch.tensor(0.0))
+        self.scale = nn.Parameter(torch.tensor([scale]))  # not of no dimension: DeepSpeed can't send such
+        self.shift = nn.Parameter(torch.tensor([0.0]))
 
     def forward(self, pooled: Tensor) -> Tensor:
         """[B, D] -> [B, 1]."""

@@ -77,7 +77,7 @@ def test_two_workers_under_zero_3_compute_what_one_does(tmp_path: Path, base: Pa
         assert alone[0]["kl"] == pytest.approx(0, abs=1e-6)
         assert alone[1]["kl"] > 1e-6
         assert alone[0]["log_ratio"] < 1e-5
-    assert any(row["reward_spread"] > 0.1 for row in alone), "answers that differ in their worth"
+    assert any(row["reward_deviation"] > 0.1 for row in alone), "answers that differ in their worth"
 
 
 def test_killed_run_ends_with_the_same_weights_and_the_same_episodes(tmp_path: Path, base: Path) -> None:
