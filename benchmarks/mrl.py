@@ -17,6 +17,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -269,12 +270,82 @@ def table(results: Mapping[str, Sequence[Mapping[str, Any]]], names: Sequence[st
     return "\n".join(lines)
 
 
+@dataclass
+class Trained:
+    """What was trained: runs and models of each arm by seed, and of the arms that have no curriculum."""
+
+    runs: dict[tuple[str, int], RunConfig]
+    models: dict[tuple[str, int], Path]
+    supervised: list[RunConfig]
+
+    def seeds(self, arm: str) -> list[int]:
+        """That an arm was trained with."""
+        return sorted(seed for other, seed in self.models if other == arm)
+
+
+def train_all(
+    storage: Path, tasks: Sequence[tuple[str, int]], seeds: int, given: Sequence[Path], compare: bool, parallel: int
+) -> Trained:
+    """The base of each seed, the arms, and with `compare` as much supervised training as the first arm took."""
+    every = range(seeds)
+    with ThreadPoolExecutor(parallel) as threads:
+        base = list(given) or list(threads.map(lambda seed: train(supervised_base(seed, storage)), every))
+        base = [model.resolve() for model in base]
+        runs = {task: configured(*task, storage, base[task[1]]) for task in tasks}
+        for run in (*list(runs.values())[:1], supervised(0, storage, base[0], 5)):
+            prepare(run, build_plan(run), _no_ray)  # what all share, before two want to make it
+        models = dict(zip(tasks, threads.map(train, runs.values()), strict=True))
+        go_on: list[RunConfig] = []
+        if compare:
+            first = float(np.mean([spent(runs[tasks[0][0], seed]) for seed in every]))
+            steps = steps_for(first, storage, base[0])
+            go_on = [supervised(seed, storage, base[seed], steps) for seed in every]
+            models |= {("supervised", seed): model for seed, model in enumerate(threads.map(train, go_on))}
+    return Trained(runs, {**{("before", seed): base[seed] for seed in every}, **models}, go_on)
+
+
+def measure_all(trained: Trained, storage: Path, parallel: int) -> dict[tuple[str, int], Any]:
+    """The questions of each model."""
+    files = {
+        key: storage / "measured" / f"{model.name}-{CONVERSATIONS}x{TURNS}.json"
+        for key, model in trained.models.items()
+    }
+    with ProcessPoolExecutor(parallel, multiprocessing.get_context("spawn")) as processes:
+        missing = [(trained.models[key], file) for key, file in files.items() if not file.exists()]
+        for done in [processes.submit(measure, *one) for one in missing]:
+            done.result()
+    return {key: json.loads(file.read_text()) for key, file in files.items()}
+
+
+def tell(
+    trained: Trained, rows: Mapping[tuple[str, int], Any], arms: Sequence[str], supervised: bool
+) -> dict[str, Any]:
+    """Print all tables."""
+    order = ["before", *arms, *(["supervised"] if supervised else [])]
+    results = {arm: [summary(rows[arm, seed]) for seed in trained.seeds(arm)] for arm in order}
+    gains = {arm: [summary(rows[arm, seed], rows["before", seed]) for seed in trained.seeds(arm)] for arm in order[1:]}
+    names = ["reward", "greedy_reward", *(f"recall at {distance}" for distance in DISTANCES)]
+    click.echo(f"{CONVERSATIONS} held-out conversations of {TURNS} turns, free-running; recall in %, 95 % intervals\n")
+    click.echo(f"{table(results, names)}\n\nDifference from before\n\n{table(gains, names)}\n")
+    floors = {arm: [lowest(trained.runs[arm, seed]) for seed in trained.seeds(arm)] for arm in arms}
+    click.echo("Lowest mean reward of five updates over that of a stage's first five")
+    for arm, stages in floors.items():
+        click.echo(f"{arm}: " + "; ".join(", ".join(f"{k} {v:.2f}" for k, v in one.items()) for one in stages))
+    click.echo("\nSeconds of CPU")
+    for arm in arms:
+        click.echo(f"{arm}: " + ", ".join(f"{spent(trained.runs[arm, seed]):.0f}" for seed in trained.seeds(arm)))
+    if supervised:
+        click.echo("supervised: " + ", ".join(f"{spent(one):.0f}" for one in trained.supervised))
+    return {"results": results, "gains": gains, "floors": floors}
+
+
 @click.command()
 @click.option("--storage", type=click.Path(path_type=Path), default=Path("runs/mrl_benchmark"), show_default=True)
 @click.option("--seeds", type=click.IntRange(1), default=3, show_default=True)
 @click.option("--others", type=click.IntRange(1), default=3, show_default=True, help="seeds of all arms but the first")
 @click.option("--parallel", type=click.IntRange(1), default=2, show_default=True, help="processes at a time")
 @click.option("--arm", "arms", multiple=True, type=click.Choice(list(ARMS)), help="only these; may be given again")
+@click.option("--supervised/--no-supervised", "compare", default=True, help="also go on with memory-aware training")
 @click.option("--model", "given", multiple=True, type=click.Path(path_type=Path), help="start from these, one a seed")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="also write the results here")
 @click.option("--curves", type=click.Path(path_type=Path), help="also draw the updates' rewards here")
@@ -284,6 +355,7 @@ def main(
     others: int,
     parallel: int,
     arms: tuple[str, ...],
+    compare: bool,
     given: tuple[Path, ...],
     json_file: Path | None,
     curves: Path | None,
@@ -293,46 +365,14 @@ def main(
     (storage / "measured").mkdir(parents=True, exist_ok=True)
     if given and len(given) != seeds:
         raise click.UsageError(f"{len(given)} --model for {seeds} --seeds: give one for each")
-    chosen, every = list(arms or ARMS), range(seeds)
-    of = {arm: range(seeds if arm == chosen[0] else min(others, seeds)) for arm in chosen}
-    tasks = [(arm, seed) for arm in chosen for seed in of[arm]]
-    with ThreadPoolExecutor(parallel) as threads:
-        base = list(given) or list(threads.map(lambda seed: train(supervised_base(seed, storage)), every))
-        base = [model.resolve() for model in base]
-        runs = {task: configured(*task, storage, base[task[1]]) for task in tasks}
-        for run in (*list(runs.values())[:1], supervised(0, storage, base[0], 5)):
-            prepare(run, build_plan(run), _no_ray)  # what all share, before two want to make it
-        models = list(threads.map(train, runs.values()))
-        cost = steps_for(float(np.mean([spent(runs[chosen[0], seed]) for seed in every])), storage, base[0])
-        go_on = [supervised(seed, storage, base[seed], cost) for seed in every]
-        more = list(threads.map(train, go_on))
-    named = {("before", seed): base[seed] for seed in every}
-    named |= dict(zip(tasks, models, strict=True)) | {("supervised", seed): more[seed] for seed in every}
-    files = {key: storage / "measured" / f"{model.name}-{CONVERSATIONS}x{TURNS}.json" for key, model in named.items()}
-    with ProcessPoolExecutor(parallel, multiprocessing.get_context("spawn")) as processes:
-        waiting = [processes.submit(measure, named[key], file) for key, file in files.items() if not file.exists()]
-        for one in waiting:
-            one.result()
-    rows = {key: json.loads(file.read_text()) for key, file in files.items()}
-    of |= {"before": every, "supervised": every}
-    order = ["before", *chosen, "supervised"]
-    results = {arm: [summary(rows[arm, seed]) for seed in of[arm]] for arm in order}
-    gains = {arm: [summary(rows[arm, seed], rows["before", seed]) for seed in of[arm]] for arm in order[1:]}
-    names = ["reward", "greedy_reward", *(f"recall at {distance}" for distance in DISTANCES)]
-    click.echo(f"{CONVERSATIONS} held-out conversations of {TURNS} turns, free-running; recall in %, 95 % intervals\n")
-    click.echo(f"{table(results, names)}\n\nDifference from before\n\n{table(gains, names)}\n")
-    click.echo("Lowest mean reward of five updates over that of a stage's first five")
-    floors = {arm: [lowest(runs[arm, seed]) for seed in of[arm]] for arm in chosen}
-    for arm, of in floors.items():
-        click.echo(f"{arm}: " + "; ".join(", ".join(f"{k} {v:.2f}" for k, v in one.items()) for one in of))
-    click.echo("\nSeconds of CPU")
-    for arm in chosen:
-        click.echo(f"{arm}: " + ", ".join(f"{spent(runs[arm, seed]):.0f}" for seed in of[arm]))
-    click.echo(f"supervised, {cost} steps: " + ", ".join(f"{spent(one):.0f}" for one in go_on))
+    chosen = list(arms or ARMS)
+    tasks = [(arm, seed) for arm in chosen for seed in range(seeds if arm == chosen[0] else min(others, seeds))]
+    trained = train_all(storage, tasks, seeds, given, compare, parallel)
+    found = tell(trained, measure_all(trained, storage, parallel), chosen, compare)
     if json_file is not None:
-        json_file.write_text(json.dumps({"results": results, "gains": gains, "floors": floors}, indent=1))
+        json_file.write_text(json.dumps(found, indent=1))
     if curves is not None:
-        draw({arm: [curve(runs[arm, seed]) for seed in of[arm]] for arm in chosen}, curves)
+        draw({arm: [curve(trained.runs[arm, seed]) for seed in trained.seeds(arm)] for arm in chosen}, curves)
 
 
 def _no_ray() -> None:
