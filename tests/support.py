@@ -51,6 +51,8 @@ SMALL = [
     "stages.mrl.held_out=8",
     "stages.mrl.reward={}",
 ]
+ONE_SOURCE = [f"stages.{name}.sources=null" for name in ("memory_pretraining", "memory_aware", "mrl")]
+"""Where `data.conversations` is replaced by a single source."""
 STAGES = ("pretraining", "sft", "memory_pretraining", "memory_aware")
 ALL_STAGES = (*STAGES, "mrl")
 

@@ -37,6 +37,14 @@ class PolicyObjective(Spec):
         0.0, ge=0, description="of KL from the answer before, position by position, to the answer (REF 4)"
     )
 
+    @model_validator(mode="after")
+    def _settings_have_an_effect(self) -> Self:
+        plain, of = PolicyObjective(), {"by_deviation": "group", "discount": "gae", "decay": "gae"}
+        for name, advantage in of.items():
+            if self.advantage != advantage and getattr(self, name) != getattr(plain, name):
+                raise ValueError(f"{name} has no effect with advantage: {self.advantage}; leave it out")
+        return self
+
     @property
     def regularised(self) -> bool:
         """Whether answers get a gradient that are worth as much as was expected."""
@@ -46,7 +54,8 @@ class PolicyObjective(Spec):
 class PreferenceObjective(Spec):
     """DMPO (REF 3.5): of two answers over the memory of the accepted ones before, the better shall be likelier.
 
-    Accepted and rejected are the best and the worst of the sampled answers to a question, by their rewards.
+    Accepted and rejected are the best and the worst of the sampled answers to a question, by their rewards. They are
+    sampled over the memory of the first answers, and compared over that of the accepted ones.
     """
 
     kind: Literal["dmpo"]
@@ -98,13 +107,23 @@ class EpisodeConfig(ConversationStage):
     )
     minibatches: int = Field(1, gt=0, description="updates that one collection of episodes is split into")
     update_epochs: int = Field(1, gt=0, description="times that a collection is trained on")
-    bptt_window: Annotated[int, Field(gt=0)] | Literal["all"] = Field(
-        "all", description="memory writes that a gradient crosses"
-    )
-    balance_weight: float = Field(0.01, ge=0, description="weight of the experts' load balance")
-    memory_change_weight: float = Field(0.0, ge=0, description="of the mean squared change by each write (REF 4)")
     critic: CriticConfig | None = None
     held_out: int = Field(64, gt=0, description="held-out conversations that are held to measure reward and recall")
+
+    @property
+    def value_scale(self) -> float:
+        """What the critic's values start between 0 and."""
+        return self.reward.scale
+
+    @model_validator(mode="after")
+    def _more_is_better(self) -> Self:
+        stopping = self.early_stopping
+        if stopping is not None and stopping.highest == (stopping.metric == "critic_error"):
+            raise ValueError(
+                f"early_stopping: of {stopping.metric} the best is the {'lowest' if stopping.highest else 'highest'}: "
+                f"set highest: {str(not stopping.highest).lower()}"
+            )
+        return self
 
     @property
     def updates(self) -> int:
@@ -117,11 +136,23 @@ class MemoryRLConfig(EpisodeConfig):
 
     kind: Literal["memory_rl"]
     objective: Objective = PolicyObjective()
+    bptt_window: Annotated[int, Field(gt=0)] | Literal["all"] = Field(
+        "all", description="memory writes that a gradient crosses"
+    )
+    balance_weight: float = Field(0.01, ge=0, description="weight of the experts' load balance")
+    memory_change_weight: float = Field(0.0, ge=0, description="of the mean squared change by each write (REF 4)")
     critic_warmup: float = Field(0.0, ge=0, description="epochs in which only the critic learns")
     unfreeze_encoder: float = Field(
         0.0, ge=0, description="then epochs with memory attention and memory cross-attention alone"
     )
     unfreeze_all: float = Field(0.0, ge=0, description="then epochs with the encoder too, until all trains")
+
+    @property
+    def value_scale(self) -> float:
+        """Of immediate rewards the reward's own; of what GAE adds up over the turns, as much as that can be."""
+        if isinstance(self.objective, PolicyObjective) and self.objective.advantage == "gae":
+            return self.reward.scale * sum(self.objective.discount**turn for turn in range(self.steps))
+        return self.reward.scale
 
     @property
     def metrics(self) -> tuple[str, ...]:

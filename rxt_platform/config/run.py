@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from rxt_platform.config.base import Spec
 from rxt_platform.config.data import DataConfig
 from rxt_platform.config.model import ModelConfig
-from rxt_platform.config.mrl import EpisodeConfig
+from rxt_platform.config.mrl import CriticPretrainingConfig, EpisodeConfig
 from rxt_platform.config.rewards import RewardConfig
 from rxt_platform.config.serving import ServiceConfig
 from rxt_platform.config.stage_base import ConversationStage
@@ -136,6 +136,41 @@ class RunConfig(Spec):
                 f"stages.{name}: {stage.kind} needs a model that can answer: put the supervised stages before it, or "
                 "give start_from"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _the_best_is_measured_in_every_stage(self) -> Self:
+        best = self.training.checkpoints.best
+        for name, stage in self.stages.items():
+            if best is None or not isinstance(stage, EpisodeConfig):
+                continue
+            if (metric := best.metric.removeprefix("validation_")) not in stage.metrics:
+                raise ValueError(
+                    f"training.checkpoints.best.metric {best.metric!r} is not measured in stages.{name}, only "
+                    f"{', '.join(f'validation_{one}' for one in stage.metrics)}: run those stages by themselves "
+                    "(pipelines/mrl.py), or leave `best` out"
+                )
+            if best.highest == (metric == "critic_error"):
+                raise ValueError(
+                    f"training.checkpoints.best: set highest: {str(not best.highest).lower()} for {metric}"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _critics_judge_what_they_have_learned_to(self) -> Self:
+        learned: tuple[str, bool] | None = None
+        for name, stage in self.stages.items():
+            if not isinstance(stage, EpisodeConfig):
+                learned = None
+            elif stage.critic is not None:
+                of_answers = isinstance(stage, CriticPretrainingConfig) and stage.learns == "preferences"
+                if learned is not None and learned[1] != of_answers:
+                    raise ValueError(
+                        f"stages.{name}: its critic comes from {learned[0]}, which "
+                        f"{'learned preferences between answers' if learned[1] else 'learned values of questions'}: "
+                        "that is something else; leave one of the two out"
+                    )
+                learned = name, of_answers
         return self
 
     @model_validator(mode="after")

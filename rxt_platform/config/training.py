@@ -30,7 +30,10 @@ class CheckpointConfig(Spec):
 
 
 class SpikeConfig(Spec):
-    """A loss far above the recent ones: back to the last good checkpoint, and on without the batches that led there."""
+    """A loss far above the recent ones: back to the last good checkpoint, and on without the batches that led there.
+
+    In the supervised stages: the loss of reinforcement learning says nothing of how well it goes.
+    """
 
     factor: float = Field(
         12.0, gt=1, description="a spike is further above the median of the window than so many median deviations"

@@ -23,6 +23,9 @@ from rxt_platform.data.examples import Example, ExampleSet
 from rxt_platform.data.packing import Packs, pack
 from rxt_platform.errors import DataError
 
+_ANSWERS_AT_ONCE = 1024
+"""Sequences of one forward: each reads a memory of its own."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -152,8 +155,9 @@ class BatchSampler:
 class EpisodeSampler(BatchSampler):
     """Conversations that are held before they are trained on: each batch of them is trained on in `updates` steps."""
 
-    def __init__(self, examples: Sequence[Example], sampling: Sampling, updates: int) -> None:
-        self.updates = updates
+    def __init__(self, examples: Sequence[Example], sampling: Sampling, updates: int, answers: int = 1) -> None:
+        """`answers` are those to all questions of a conversation, each a sequence of its own in the update."""
+        self.updates, self.answers = updates, answers
         self._held: tuple[int, Batch] | None = None
         super().__init__(examples, sampling)
 
@@ -165,6 +169,12 @@ class EpisodeSampler(BatchSampler):
     def steps(self, epochs: float) -> int:
         """Steps that `epochs` passes over the conversations take: whole collections."""
         return super().steps(epochs) * self.updates
+
+    def forward_rows(self, rows: int, world: int, overhead: int) -> int:
+        """See `BatchSampler`; and no more than so many answers at once."""
+        wanted = super().forward_rows(rows, world, overhead)
+        most = max(1, _ANSWERS_AT_ONCE // self.answers)
+        return max(micro for micro in range(1, rows + 1) if rows % micro == 0 and micro <= max(1, min(wanted, most)))
 
     def global_batch(self, step: int) -> Batch:
         """The conversations of a step's collection."""

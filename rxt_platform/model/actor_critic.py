@@ -11,7 +11,6 @@ from rxt_platform.errors import ArtifactError
 from rxt_platform.model import files
 from rxt_platform.model.encoder_model import RxTEncoder
 from rxt_platform.model.transformer import ReactiveTransformer
-from rxt_platform.storage.directory import differences
 
 CRITIC = "critic."
 """How the names of the critic's tensors begin."""
@@ -35,14 +34,14 @@ class ActorCritic(ReactiveTransformer):
 def load_actor_critic(config: ModelConfig, head: HeadConfig, directory: Path) -> ActorCritic:
     """A policy from its model directory, with the critic that is saved in it, or else with one that starts from it.
 
-    Raises ArtifactError when the saved critic is of another shape.
+    Window and scale are those of `head`: the weights fit any. Raises ArtifactError for what is no such critic.
     """
     model, saved = ActorCritic(config, head), directory / CRITIC_FOLDER
     state = files.read_weights(directory)
     if saved.is_dir():
         raw = files.read_config(saved, (ENCODER,))
-        if changes := differences(raw.get("head", {}), head.model_dump(mode="json")):
-            raise ArtifactError(f"{saved}: a critic with other settings: {'; '.join(changes)}")
+        if (kind := raw.get("head", {}).get("kind")) != "value":
+            raise ArtifactError(f"{saved}: not a critic: its head is {kind!r}")
         state |= {CRITIC + name: tensor for name, tensor in files.read_weights(saved).items()}
         files.fill(model, state, directory)
         return model

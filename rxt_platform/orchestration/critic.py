@@ -24,7 +24,7 @@ def reward_service(config: RunConfig, job: StageJob) -> Iterator[RewardService |
         yield None
         return
     from rxt_platform.serving.client import HandleClient
-    from rxt_platform.serving.deploy import deploy, undeploy
+    from rxt_platform.serving.deploy import deploy, remove_leftover, undeploy
 
     # Of its own: a resume on another number of workers may come to weights that differ in their last bits.
     stage, versions = job.stage, job.work / VERSIONS / uuid.uuid4().hex[:8]
@@ -35,7 +35,9 @@ def reward_service(config: RunConfig, job: StageJob) -> Iterator[RewardService |
         reward_model=None if stage.meaning == "hashed" else str(job.start),
         versions=str(versions) if stage.critic is not None else None,
     )
-    deployment = deploy(serving, http=False, name=f"critic-{job.output.name}")
+    name = f"critic-{job.output.name}"
+    remove_leftover(name)  # this driver holds the step's lock
+    deployment = deploy(serving, http=False, name=name)
     try:
         yield HandleClient(deployment.app, versions=versions)
     finally:

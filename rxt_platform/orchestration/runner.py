@@ -261,7 +261,11 @@ def _stage_row(outcome: Outcome, baselines: dict[str, Any]) -> dict[str, Any]:
         "tokens": int(metrics["tokens"]),
         "loss_before": metrics.get("loss_before"),
         "loss_after": metrics.get("loss_after"),
-        "held_out": {name: [metrics[f"{name}_before"], metrics[f"{name}_after"]] for name in stage.metrics}
+        "held_out": {
+            name: [metrics[f"{name}_before"], metrics[f"{name}_after"]]
+            for name in stage.metrics
+            if f"{name}_after" in metrics
+        }
         if isinstance(stage, EpisodeConfig)
         else None,
         "baselines": baselines.get(outcome.step.name.removeprefix(BASELINE)),

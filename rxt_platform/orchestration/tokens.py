@@ -93,9 +93,13 @@ def check_stages(config: RunConfig, folder: Path) -> None:
     """
     for name, config_of_stage in config.stages.items():
         weights = [source.weight for source in getattr(config.data, config_of_stage.section)]
-        rows = stage_rows(TokenShards(folder, config_of_stage.section, "train"), config_of_stage)
-        if not len(rows):
-            raise ConfigError(f"stages.{name}: no training row of its sources is one that it can train on")
+        held_out, rows = (
+            stage_rows(TokenShards(folder, config_of_stage.section, split), config_of_stage)
+            for split in ("validation", "train")
+        )
+        for what, part in (("training", rows), ("held-out", held_out)):
+            if not len(part):
+                raise ConfigError(f"stages.{name}: of its sources no {what} row is one that it can use")
         stage = build_stage(config_of_stage, rows, config.seed, config.model.max_length, weights)
         key, size = f"stages.{name}", stage.sampler.sampling.global_batch_size
         if size > stage.sampler.rows:

@@ -21,7 +21,8 @@ def group_advantages(rewards: Tensor, scored: Tensor, by_deviation: bool = False
     known = scored.float()
     count = known.sum(dim=-1, keepdim=True)
     mean = (rewards * known).sum(dim=-1, keepdim=True) / count.clamp(min=1)
-    centred = (rewards - mean) * known
+    least, most = (rewards.masked_fill(~scored, end).aminmax(dim=-1, keepdim=True) for end in (torch.inf, -torch.inf))
+    centred = (rewards - mean) * known * (most.max > least.min)  # of equal ones the mean is rounded
     if by_deviation:
         variance = centred.pow(2).sum(dim=-1, keepdim=True) / count.clamp(min=1)
         return centred * (variance > _SMALLEST**2) / (variance.sqrt() + _SMALLEST)

@@ -78,7 +78,8 @@ class Experience:
     states      int64 [B, N, K, C], what the critic reads at a turn, right-padded; C = 0 without a critic
     returns     float [B, N, K], what the critic should have said
     on_policy   whether the weights are still those that sampled: then `old` is what the update itself computes
-    total_*     numbers over the whole global batch: answers with a reward, answers that are decoded, states
+    total_*     numbers over the whole global batch: answers with a reward, answers that are decoded, states, turns
+                whose first answer follows on another
     """
 
     written: Batch
@@ -95,6 +96,7 @@ class Experience:
     total_answers: int
     total_written: int
     total_states: int
+    total_pairs: int = 0
 
     @property
     def rows(self) -> Tensor:
@@ -121,12 +123,15 @@ class Experience:
         part = self.part(rows)
         written = part.written.as_global()
         states = int((part.states[..., :1] != PAD).sum())
+        first = part.answered[:, :, 0]
+        pairs = int((first[:, 1:] & first[:, :-1]).sum())
         return replace(
             part,
             written=written,
             total_answers=int(part.scored.sum()),
             total_written=int(part.answered.sum()),
             total_states=states,
+            total_pairs=pairs,
         )
 
     def shares(self, rank: int, world: int, micro: int) -> Iterator["Experience"]:

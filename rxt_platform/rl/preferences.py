@@ -8,12 +8,14 @@ from torch import Tensor
 from rxt_platform.rl.episodes import Rollout
 
 
-def paired(rollouts: Sequence[Rollout], rewards: Tensor, scored: Tensor, neutral: bool) -> tuple[list[Rollout], Tensor]:
+def paired(
+    rollouts: Sequence[Rollout], rewards: Tensor, scored: Tensor, neutral: bool, teacher_forced: bool = False
+) -> tuple[list[Rollout], Tensor]:
     """Of each question the best answer, the worst and, with `neutral`, the one in the middle: and which pairs differ.
 
-    The accepted (best) answer is what the memory takes. Rewards and `scored` are [B, N, G]; the result is
-    [B, N, 2 or 3], all of a question or none: answers that are worth the same give no preference. Of equal ones the
-    first is taken.
+    The accepted (best) answer is what the memory takes, unless it is `teacher_forced`. Rewards and `scored` are
+    [B, N, G]; the result is [B, N, 2 or 3], all of a question or none: answers that are worth the same give no
+    preference. Of equal ones the first is taken.
     """
     number = 3 if neutral else 2
     known = torch.zeros(*scored.shape[:2], number, dtype=torch.bool)
@@ -26,11 +28,12 @@ def paired(rollouts: Sequence[Rollout], rewards: Tensor, scored: Tensor, neutral
                 continue
             worth = rewards[b, turn].tolist()
             order = sorted(range(len(sampled)), key=lambda at: -worth[at])
-            best, worst = order[0], order[-1]
+            best, worst = order[0], worth.index(min(worth[: len(sampled)]))
             chosen = [best, worst, order[len(order) // 2]][:number]
             answers.append([sampled[at] for at in chosen])
             known[b, turn] = bool(scored[b, turn].all()) and worth[best] > worth[worst]
-            written[turn] = [*one.episode.prompt(turn), *sampled[best]]
+            if not teacher_forced:
+                written[turn] = [*one.episode.prompt(turn), *sampled[best]]
         made.append(Rollout(one.episode, written, answers))
     return made, known
 

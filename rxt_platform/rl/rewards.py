@@ -99,6 +99,11 @@ class EncoderEmbedding:
         """
         return cls(*load_model(model_directory, torch.float32))
 
+    def to(self, device: torch.device) -> Self:
+        """Read on that device from now on."""
+        self._embedding, self._encoder = self._embedding.to(device), self._encoder.to(device)
+        return self
+
     @torch.no_grad()
     def embed(self, texts: Sequence[str]) -> Vectors:
         """Vectors [N, hidden size], float32."""

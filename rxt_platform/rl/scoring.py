@@ -56,17 +56,26 @@ def scored_turns(rollout: Rollout, number: int, tokenizer: RxtTokenizer, strateg
 
 
 def score_rollouts(
-    rollouts: Sequence[Rollout], scorer: Scorer, tokenizer: RxtTokenizer, strategy: Strategy
+    rollouts: Sequence[Rollout], scorer: Scorer, tokenizer: RxtTokenizer, strategy: Strategy, config: RewardConfig
 ) -> list[list[list[float | None]]]:
     """The reward of every sampled answer, by episode, turn and number; None for one that can't have any.
 
-    Raises RewardError when the scorer gives another number of rewards than were asked for, or one that is not finite.
+    Raises RewardError when the scorer gives another number of rewards than were asked for, none to an answer that has
+    one by `config`, or one that is not finite.
     """
     groups = max(len(answers) for one in rollouts for answers in one.answers)
     talks = [scored_turns(one, number, tokenizer, strategy) for number in range(groups) for one in rollouts]
     rewards = scorer.score(talks)
     if [len(one) for one in rewards] != [len(talk) - 1 for talk in talks]:
         raise RewardError(f"{sum(map(len, rewards))} rewards for {sum(map(len, talks)) - len(talks)} answers")
+    for talk, given in zip(talks, rewards, strict=True):
+        for turn, reward in zip(talk[1:], given, strict=True):
+            if (reward.total is None) != (config.weights.recall == 1 and not turn.spans):
+                told = "no reward" if reward.total is None else "a reward"
+                raise RewardError(
+                    f"the question {turn.query!r} got {told}, by the stage's weights it must be the other way round: "
+                    "who gives rewards has other weights"
+                )
     made = list[list[list[float | None]]]()
     for at, one in enumerate(rollouts):
         of = [rewards[number * len(rollouts) + at] for number in range(groups)]

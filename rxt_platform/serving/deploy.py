@@ -71,6 +71,15 @@ def deploy(
     return made
 
 
+def remove_leftover(name: str) -> None:
+    """End an application that a killed driver left behind. Only for who alone may use that name."""
+    from ray import serve
+
+    if name in serve.status().applications:
+        logger.warning("ending the service %s, which was left behind", name)
+        serve.delete(name)
+
+
 def undeploy(deployment: Deployment, serve_too: bool = True) -> None:
     """End the service after the requests that it computes; and Serve, if it was started for this service alone.
 

@@ -79,6 +79,7 @@ def answered(
         relative = relative + (relative_change(old.detach(), new.detach()) * present).sum()
         moved = moved + (squared_change(old, new, turn) * present).sum()
     place = part.answered.nonzero()
+    real_rows = float(len(place) > 0)
     if not len(place):  # a forward all the same: under ZeRO-3 all ranks must call the same modules
         place = torch.zeros(1, 3, dtype=torch.int64, device=written.ids.device)
     ids = part.ids[place[:, 0], place[:, 1], place[:, 2]]
@@ -99,8 +100,8 @@ def answered(
         log_probs=log_probs,
         entropy=entropy,
         states=decoded.states[:, :-1][targets[:, 1:]],
-        balance=decoded.balance.sum(),
-        usage=decoded.usage,
+        balance=decoded.balance.sum() * real_rows,
+        usage=decoded.usage * real_rows,
         moved=moved,
         relative=relative,
     )

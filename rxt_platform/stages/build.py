@@ -40,7 +40,9 @@ def build_stage(
     run.
     """
     if isinstance(config, MemoryRLConfig | CriticPretrainingConfig):
-        held = EpisodeSampler(examples, sampling(config, seed, window, weights), config.updates)
+        held = EpisodeSampler(
+            examples, sampling(config, seed, window, weights), config.updates, config.steps * config.answers
+        )
         if isinstance(config, MemoryRLConfig):
             return MemoryRLStage(config, held, judging)
         return CriticStage(config, held, judging)

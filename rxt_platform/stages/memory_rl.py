@@ -93,7 +93,7 @@ class EpisodeStage:
     def rewards(self, rollouts: Sequence[Rollout]) -> list[list[list[float | None]]]:
         """Of every sampled answer, by episode, turn and number."""
         judging = self.judging
-        return score_rollouts(rollouts, judging.scorer, judging.tokenizer, self.config.strategy)
+        return score_rollouts(rollouts, judging.scorer, judging.tokenizer, self.config.strategy, self.config.reward)
 
     def states(self, rollouts: Sequence[Rollout], window: int) -> list[list[list[list[int]]]]:
         """What the critic reads at each asked turn: the interaction that was written last, and the query.
@@ -129,29 +129,34 @@ class EpisodeStage:
 
         reward: of sampled answers, a mean over those that have one; greedy_reward the same of greedy answers; recall:
         share of asked facts that greedy answers hold; with a critic the correlation of its values and the rewards of
-        sampled answers, and the root of the mean squared error. All over a memory as in training.
+        sampled answers, and the root of the mean squared error. What there was nothing to measure of is left out.
         """
         episodes = self.judging.held_out.episodes(batch)
         forced = self.config.memory == "teacher_forced"
         limit = self.config.max_answer_tokens
         sampled = hold_episodes(model, episodes, RolloutOptions(1, self.config.temperature, limit, forced))
         rewards, known = reward_tensors(self.rewards(sampled), max(one.turns for one in episodes))
-        found = {"reward": rewards[known].mean() if known.any() else torch.zeros(())}
+        found: dict[str, Tensor] = {}
+        if known.any():
+            found["reward"] = rewards[known].mean()
         if isinstance(self.config, MemoryRLConfig):
             greedy = hold_episodes(model, episodes, RolloutOptions(1, 0.0, limit, forced))
             worth, has = reward_tensors(self.rewards(greedy), rewards.shape[1])
-            found["greedy_reward"] = worth[has].mean() if has.any() else torch.zeros(())
-            found["recall"] = torch.tensor(self._recall(greedy))
-        if isinstance(model, ActorCritic):
+            if has.any():
+                found["greedy_reward"] = worth[has].mean()
+            if (recall := self._recall(greedy)) is not None:
+                found["recall"] = torch.tensor(recall)
+        if isinstance(model, ActorCritic) and known.any():
             states = padded_states(self.states(sampled, model.critic.window), rewards.shape[1])[:, :, 0]
             asked = known.any(dim=-1)
-            values = critic_values(model, states[asked].to(batch.ids.device)).cpu()
+            values = critic_values(model, states[asked].to(model.critic.embedding.weight.device)).cpu()
             found["critic_correlation"] = correlation(values, rewards[..., 0][asked])
             found["critic_error"] = (values - rewards[..., 0][asked]).pow(2).mean().sqrt()
         wanted = self.config.metrics
         return LossReport(torch.zeros(()), {name: found[name].float() for name in wanted if name in found})
 
-    def _recall(self, rollouts: Sequence[Rollout]) -> float:
+    def _recall(self, rollouts: Sequence[Rollout]) -> float | None:
+        """Share of the questions with an answer key whose first answer holds it; None where none has one."""
         right = asked = 0
         for one in rollouts:
             for turn in range(one.episode.given, one.episode.turns):
@@ -160,7 +165,7 @@ class EpisodeStage:
                     asked += 1
                     said = self.judging.tokenizer.decode(answer_ids(one.answers[turn][0]))
                     right += matches(said, item.reply, item.recall.spans)
-        return right / max(asked, 1)
+        return right / asked if asked else None
 
     def _critic_loss(self, model: ActorCritic, part: Experience) -> Tensor:
         """Of values, on a scale of 1, the mean squared error over the states of the global batch; of answers the mean
@@ -173,7 +178,7 @@ class EpisodeStage:
         if self.reads_answers:
             pairs = values.view(-1, 2)
             return 2 * F.softplus(pairs[:, 1] - pairs[:, 0]).sum() / max(part.total_states, 1)
-        error = (values - part.returns[present]) / self.config.reward.scale
+        error = (values - part.returns[present]) / self.config.value_scale
         return error.pow(2).sum() / max(part.total_states, 1)
 
     def flops(self, model: ForwardFlops, part: Experience, phase: Phase) -> int:
@@ -271,13 +276,14 @@ class MemoryRLStage(EpisodeStage):
     def _inter_step(self, model: ReactiveTransformer, found: Answered, part: Experience) -> Tensor:
         """KL of the distributions of the answer before to those of the answer, position by position (REF 4).
 
-        Of the answers that are written, with no gradient to the one before; a mean over positions, then over answers.
+        Of each question's first answer, with no gradient to the one before; a mean over positions, then over all that
+        have one before them.
         """
         config = self.config.objective
         weight = config.inter_step_weight if isinstance(config, PolicyObjective) else 0.0
         if not weight:
             return torch.zeros((), device=part.ids.device)
-        logs = model.head(found.states).float().log_softmax(dim=-1)
+        logs = (model.head(found.states).float() / self.config.temperature).log_softmax(dim=-1)
         first = {(b, n): at for at, (b, n, g) in enumerate(found.place.tolist()) if g == 0}
         total = logs.new_zeros(())
         for (b, n), at in first.items():
@@ -285,7 +291,7 @@ class MemoryRLStage(EpisodeStage):
                 mine, theirs = logs[found.tokens.answer == at], logs[found.tokens.answer == before].detach()
                 both = min(len(mine), len(theirs))
                 total = total + F.kl_div(mine[:both], theirs[:both], reduction="sum", log_target=True) / both
-        return weight * total / max(part.total_written, 1)
+        return weight * total / max(part.total_pairs, 1)
 
     def _pairs(self, found: Answered, part: Experience) -> dict[str, Tensor]:
         """DMPO: of each question answer 0 was accepted and answer 1 rejected; a third is neutral."""

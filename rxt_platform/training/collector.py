@@ -5,7 +5,8 @@ written between collections, and a resumed run collects again what the killed on
 """
 
 import logging
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rxt_platform import errors
 from rxt_platform.config.mrl import MemoryRLConfig, PolicyObjective
 from rxt_platform.data.batches import Batch
 from rxt_platform.errors import RewardError, RxtError
@@ -27,7 +29,7 @@ from rxt_platform.rl.preferences import better_and_worse, paired
 from rxt_platform.rl.rollouts import hold_episodes
 from rxt_platform.rl.scoring import reward_tensors
 from rxt_platform.stages.answers import Answered
-from rxt_platform.stages.base import Phase
+from rxt_platform.stages.base import LossReport, Phase
 from rxt_platform.stages.memory_rl import EpisodeStage, MemoryRLStage, correlation, critic_values
 from rxt_platform.training.distributed import on_rank_zero, raise_together
 from rxt_platform.training.measures import Metrics, StepClock
@@ -35,8 +37,9 @@ from rxt_platform.training.strategy import Strategy
 
 logger = logging.getLogger(__name__)
 
-_AT_ONCE = 256
-"""Answers that are generated together: the rewards of one such group are computed while the next is generated."""
+_AT_ONCE, _GROUPS = 256, 4
+"""Answers that are generated together, at most; and groups of them where a service gives the rewards of one while the
+next is generated."""
 
 
 @dataclass
@@ -65,6 +68,7 @@ class Collector:
         self.service = service
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.metrics: Metrics = {}
+        self._reward_seconds = 0.0
         self._number: int | None = None
         self._experience: Experience | None = None
         if stage.reference is not None:
@@ -85,19 +89,15 @@ class Collector:
         return self._experience.minibatch(self._rows(number, update))
 
     def evaluate(self, validation: Sequence[Batch], phase: Phase) -> Metrics:
-        """Held-out metrics, of one batch of conversations; every rank computes them."""
+        """Held-out metrics, of one batch of conversations; every rank computes them. All raise if one fails."""
         (batch,) = validation
         with self.strategy.whole_model() as model:
             model.eval()
             try:
-                report = self.stage.evaluate(model, batch, phase)
+                report: LossReport = self._together(lambda: self.stage.evaluate(model, batch, phase))[self.rank]
             finally:
                 model.train()
         return {name: float(value) for name, value in report.metrics.items()}
-
-    def forget(self) -> None:
-        """The weights are others now: collect anew."""
-        self._number = self._experience = None
 
     def _rows(self, number: int, update: int) -> list[int]:
         """The episodes of an update: each once in every pass, neighbours of like length kept together."""
@@ -128,9 +128,12 @@ class Collector:
     def _hold(self, model: ReactiveTransformer, number: int, step: int, conversations: Batch) -> _Held:
         """This rank's share: every `world`-th conversation, so that all have as much to do."""
         config = self.stage.config
+        self._reward_seconds = 0.0
         places = list(range(self.rank, len(conversations.rows), self.world))
         episodes = self.stage.episodes(conversations.rows_at(torch.tensor(places)), step)
         size = max(1, _AT_ONCE // config.answers)
+        if self.service is not None:  # what it computes, this process need not wait for
+            size = min(size, max(1, len(episodes) // _GROUPS))
         groups = [slice(start, start + size) for start in range(0, len(episodes), size)]
         rollouts: list[Rollout] = []
         rewards: list[list[list[float | None]]] = []
@@ -140,12 +143,19 @@ class Collector:
                 with self.clock.part("generation"):
                     held = hold_episodes(model, episodes[group], self.stage.options)
                 rollouts += held
-                waiting.append(thread.submit(self.stage.rewards, held))
+                waiting.append(thread.submit(self._timed_rewards, held))
             with self.clock.part("reward"):
                 for future in waiting:
-                    rewards += future.result()
+                    found, seconds = future.result()
+                    rewards += found
+                    self._reward_seconds += seconds
                 values = self._values(model, number, rollouts)
         return _Held(places, rollouts, rewards, values)
+
+    def _timed_rewards(self, rollouts: Sequence[Rollout]) -> tuple[list[list[list[float | None]]], float]:
+        """And the seconds that they took, also while others were generated."""
+        started = time.perf_counter()
+        return self.stage.rewards(rollouts), time.perf_counter() - started
 
     def _values(self, model: ReactiveTransformer, number: int, rollouts: Sequence[Rollout]) -> list[list[list[float]]]:
         """The critic's value of each asked turn, by the weights of this collection's start; none without a critic."""
@@ -170,9 +180,9 @@ class Collector:
             critic = model.critic
             on_rank_zero(lambda: service.publish(number, critic))
 
-    def _together(self, hold: Any) -> list[_Held]:
-        """What all ranks held; if one fails, all raise its error."""
-        mine: _Held | tuple[str, str]
+    def _together(self, hold: Callable[[], Any]) -> list[Any]:
+        """What all ranks made; if one fails, all raise its error."""
+        mine: Any
         try:
             mine = hold()
         except RxtError as error:
@@ -180,9 +190,11 @@ class Collector:
             mine = (type(error).__name__, str(error))
         everyone: list[Any] = [None] * self.world
         dist.all_gather_object(everyone, mine)
-        told = [f"worker {rank}: {one[1]}" for rank, one in enumerate(everyone) if isinstance(one, tuple)]
-        if told:
-            raise_together(RewardError("; ".join(told)))
+        failed = {rank: one for rank, one in enumerate(everyone) if isinstance(one, tuple)}
+        if failed:
+            (kind, *others) = {one[0] for one in failed.values()}
+            raised: type[RxtError] = RewardError if others else getattr(errors, kind)
+            raise_together(raised("; ".join(f"worker {rank}: {one[1]}" for rank, one in failed.items())))
         return everyone
 
     def _assemble(self, held: Sequence[_Held], number: int) -> Experience:
@@ -195,8 +207,13 @@ class Collector:
         turns = max(one.episode.turns for one in rollouts)
         worth, scored = reward_tensors(rewards, turns)
         if not scored.any():
+            rows = ", ".join(self.stage.sampler.place(one.episode.row) for one in rollouts)
             raise_together(
-                RewardError("no answer of a whole collection has a reward: is there an answer key in any row?")
+                RewardError(
+                    "no question of a whole collection has an answer key, which all of the reward hangs on: give more "
+                    "rows keys, take more at once (global_batch_size), or give other parts of the reward weight; "
+                    f"the rows are {rows}"
+                )
             )
         self.metrics = self._measured(worth, scored)
         advantages, returns = torch.zeros_like(worth), torch.zeros(*worth.shape[:2], 1)
@@ -209,7 +226,13 @@ class Collector:
                     advantages = group_advantages(worth, scored, config.objective.by_deviation)
                 advantages = normalised(advantages, scored, config.objective.normalise)
             else:
-                rollouts, scored = paired(rollouts, worth, scored, neutral=config.objective.anchor_weight > 0)
+                rollouts, scored = paired(
+                    rollouts,
+                    worth,
+                    scored,
+                    neutral=config.objective.anchor_weight > 0,
+                    teacher_forced=config.memory == "teacher_forced",
+                )
                 worth = advantages = torch.zeros(scored.shape)
         ids, targets = answer_tensors(rollouts, turns)
         objective = config.objective if isinstance(config, MemoryRLConfig) else None
@@ -273,6 +296,7 @@ class Collector:
             "reward": float(found.mean()),
             "reward_deviation": float(found.std(correction=0)),
             "reward_spread": float(spread.mean()) if len(spread) else 0.0,
+            "reward_work_seconds": self._reward_seconds,
         }
 
     def _with_log_probs(self, experience: Experience, phase: Phase) -> Experience:

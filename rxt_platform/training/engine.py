@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from rxt_platform.config.run import batch_problem
 from rxt_platform.config.stages import StageConfig
-from rxt_platform.config.training import TrainingConfig
+from rxt_platform.config.training import SpikeConfig, TrainingConfig
 from rxt_platform.data.batches import Batch
 from rxt_platform.data.prefetch import prefetched
 from rxt_platform.data.sampler import BatchSampler
@@ -150,7 +150,7 @@ class Engine:
             state = self._resume() or self._first_state(validation)
             first = state.step
             hooks.on_start(first, self.steps)
-            if self.training.spike_guard is not None and first == 0:
+            if self._spike_guard is not None and first == 0:
                 self.writer.save(state)
             while state.step < self.end:
                 try:
@@ -174,9 +174,18 @@ class Engine:
             self.profiler.close()
             self.spans.flush()
 
+    @property
+    def _spike_guard(self) -> SpikeConfig | None:
+        """Of losses that mean something: those of reinforcement learning don't."""
+        return None if self.collector is not None else self.training.spike_guard
+
     def _first_state(self, validation: list[Batch]) -> ResumeState:
         with self.clock.part("evaluation"):
             before = self.evaluate(validation)
+        stopping = self.stage.config.early_stopping
+        if stopping is not None and stopping.metric not in before:
+            measured = f"early_stopping.metric {stopping.metric!r}: no held-out row has one; there are"
+            raise_together(TrainingError(f"{measured} {', '.join(sorted(before)) or 'none'}"))
         settings = self.settings
         zero = self.training.zero_stage
         return ResumeState(0, 0.0, settings.identity, settings.spec, self.world, zero, before, {}, {})
@@ -198,10 +207,8 @@ class Engine:
 
         What was left out so far stays so. A run that is killed here meets the same spikes again, and decides alike.
         """
-        guard = self.training.spike_guard
+        guard = self._spike_guard
         assert guard is not None
-        if self.collector is not None:
-            self.collector.forget()
         if len({one.reason for one in self.skipped if one.reason.startswith(_SPIKE)}) >= guard.rollbacks:
             raise_together(TrainingError(f"{spike}; {guard.rollbacks} rollbacks did not help: lower the learning rate"))
         left_out = range(max(0, spike.step - guard.skip + 1), spike.step + 1)
@@ -226,7 +233,7 @@ class Engine:
     def _train(self, state: ResumeState, validation: list[Batch], hooks: Hooks) -> ResumeState:
         """Steps from a state to the end of the stage. Raises SpikeError with the engine's weights as they were."""
         training, began = self.training, time.monotonic()
-        guard, plateau = SpikeGuard(training.spike_guard, state.recent), state.plateau
+        guard, plateau = SpikeGuard(self._spike_guard, state.recent), state.plateau
         stopping = self.stage.config.early_stopping
         skipped, metrics, tokens = self.skipped, dict(state.metrics), state.tokens
         changes = {phase.start for phase in self.phases} | set(self.stage.sampler.changes)
@@ -252,7 +259,7 @@ class Engine:
             self._settle_writer()  # of the one before; all ranks learn whether it failed
             self.writer.save(now(done))
 
-        resumable, due, wishes = self.stage.sampler.resumable_every, False, Wishes()
+        resumable, due, over, wishes = self.stage.sampler.resumable_every, False, False, Wishes()
         self.meter.take()
         self.clock.take()
         with prefetched(self.stage.sampler.global_batch, state.step, self.steps) as next_batch:
@@ -292,9 +299,9 @@ class Engine:
                 metrics |= {f"validation_{name}": value for name, value in held_out.items()}
                 if stopping is not None and done % stopping.every == 0 and held_out:
                     plateau = plateau.after(_of_rank_zero(held_out[stopping.metric]), stopping)
-                    over = plateau.stale >= stopping.patience or plateau.reached
-                    if over and done > max(changes) and done % resumable == 0:
-                        self.end = done
+                    over = over or (done > max(changes) and (plateau.stale >= stopping.patience or plateau.reached))
+                if over and done % resumable == 0:
+                    self.end = done
                 due = due or done % training.checkpoints.every == 0 or wishes.checkpoint
                 if due and done % resumable == 0 and done < self.end and not wishes.stop:
                     with self.clock.part("checkpoint"):

@@ -137,7 +137,7 @@ def _train(job: StageJob, device: torch.device, watch: Watch, hooks: Hooks, serv
     judging = None
     if isinstance(job.stage, EpisodeConfig):
         assert isinstance(held_out, EpisodeSet)
-        judging = Judging(held_out, tokenizer, service or _scorer(job), _reference(job))
+        judging = Judging(held_out, tokenizer, service or _scorer(job, device), _reference(job))
     if isinstance(model, ActorCritic):
         model.critic.set_tokenizer(tokenizer)
     stage = build_stage(job.stage, rows, seed, job.window, job.weights, job.stateless, judging)
@@ -185,7 +185,7 @@ def _rows(job: StageJob, tokenizer: RxtTokenizer) -> tuple[ExampleSet, ExampleSe
     return talks[0], talks[1]
 
 
-def _scorer(job: StageJob) -> LocalScorer:
+def _scorer(job: StageJob, device: torch.device) -> LocalScorer:
     """What gives rewards in this process; what it compares meaning with does not move while the stage trains."""
     stage = job.stage
     assert isinstance(stage, EpisodeConfig)
@@ -194,7 +194,7 @@ def _scorer(job: StageJob) -> LocalScorer:
     if stage.meaning == "tokens":
         embedding = TokenEmbedding(job.start)
     elif stage.meaning == "encoder":
-        embedding = EncoderEmbedding.load(job.start)
+        embedding = EncoderEmbedding.load(job.start).to(device)
     return LocalScorer(stage.reward, embedding)
 
 
@@ -235,7 +235,7 @@ def _starting_model(job: StageJob) -> Model:
         assert isinstance(job.stage, EpisodeConfig)
         verify_directory(job.start, MODEL_KIND)
         window = critic.window or 2 * job.model.max_length
-        head = HeadConfig(kind="value", scale=job.stage.reward.scale, max_length=window)
+        head = HeadConfig(kind="value", scale=job.stage.value_scale, max_length=window)
         return load_actor_critic(job.model, head, job.start)
     model = StatelessTransformer(job.model) if job.stateless else ReactiveTransformer(job.model)
     if job.start is not None:

@@ -22,7 +22,7 @@ from rxt_platform.stages.build import build_stage
 from rxt_platform.storage.directory import read_manifest, seal_directory, verify_directory
 from rxt_platform.training.checkpoints import KIND, Pieces
 from rxt_platform.training.optimizer import schedule
-from tests.support import ROOT, STAGES, Jobs, environment, make_jobs
+from tests.support import ONE_SOURCE, ROOT, STAGES, Jobs, environment, make_jobs
 
 pytestmark = pytest.mark.dist
 
@@ -59,7 +59,12 @@ def test_conversations_of_one_turn_train_beside_longer_ones(
         lines = (json.dumps(conversation_to_row(talk)) + "\n" for talk in rows)
         (folder / f"{name}.jsonl").write_text("".join(lines))
     source = f"{{kind: files, path: {folder}/train.jsonl, validation_path: {folder}/held.jsonl}}"
-    settings = [f"data.conversations={source}", "data.validation.duplicates=keep", "stages.memory_aware.curriculum=[]"]
+    settings = [
+        *ONE_SOURCE,
+        f"data.conversations={source}",
+        "data.validation.duplicates=keep",
+        "stages.memory_aware.curriculum=[]",
+    ]
     settings += ["stages.memory_aware.micro_batch_size=2", "stages.memory_aware.global_batch_size=16"]
     one = new_jobs(*settings)
     two = make_jobs(tmp_path_factory.mktemp("two"), *settings, f"training.zero_stage={zero_stage}")

@@ -50,6 +50,8 @@ def a_run(folder: Path, **data: Any) -> Path:
     raw = yaml.safe_load(QUICKSTART.read_text())
     world = {"kind": "story_world", "train_rows": 8, "validation_rows": 4}
     raw["data"] = {"root": str(folder), **dict.fromkeys(("texts", "interactions", "conversations"), world), **data}
+    for stage in raw["stages"].values():
+        stage.pop("sources", None)
     raw["storage"] = str(folder / "runs")
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump(raw))

@@ -27,7 +27,10 @@ def test_a_group_may_be_divided_by_its_deviation() -> None:
 
 @pytest.mark.parametrize("by_deviation", [False, True])
 def test_equal_rewards_teach_nothing(by_deviation: bool) -> None:
-    assert not group_advantages(torch.full((2, 3, 4), 7.3), torch.ones(2, 3, 4, dtype=torch.bool), by_deviation).any()
+    """Exactly nothing, whatever rounding makes of their mean."""
+    for answers in range(2, 17):
+        same, scored = torch.full((2, 3, answers), 7.3), torch.ones(2, 3, answers, dtype=torch.bool)
+        assert not group_advantages(same, scored, by_deviation).any()
     for how in ("batch", "step"):
         assert not normalised(torch.full((2, 3, 4), 0.7), torch.ones(2, 3, 4, dtype=torch.bool), how).any()  # type: ignore[arg-type]
 

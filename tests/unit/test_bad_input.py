@@ -13,7 +13,7 @@ from rxt_platform.data.tokenizer import RxtTokenizer
 from rxt_platform.model.files import save_model
 from rxt_platform.model.transformer import ReactiveTransformer
 from rxt_platform.storage.directory import Provenance, commit_directory
-from tests.support import ROOT
+from tests.support import ONE_SOURCE, ROOT
 
 QUICKSTART = str(ROOT / "pipelines/configs/quickstart.yaml")
 JSONL = "data.conversations={kind: files, path: rows.jsonl, validation_path: held_out.jsonl}"
@@ -42,7 +42,7 @@ def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 @pytest.fixture
 def storage(tmp_path: Path) -> list[str]:
     """Overrides that keep a run in the test's folder."""
-    return [f"storage={tmp_path / 'runs'}", f"data.root={tmp_path}"]
+    return [f"storage={tmp_path / 'runs'}", f"data.root={tmp_path}", *ONE_SOURCE]
 
 
 def write_rows(folder: Path, rows: Sequence[object]) -> None:
