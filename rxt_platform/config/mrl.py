@@ -39,9 +39,8 @@ class PolicyObjective(Spec):
 
     @model_validator(mode="after")
     def _settings_have_an_effect(self) -> Self:
-        plain, of = PolicyObjective(), {"by_deviation": "group", "discount": "gae", "decay": "gae"}
-        for name, advantage in of.items():
-            if self.advantage != advantage and getattr(self, name) != getattr(plain, name):
+        for name, advantage in (("by_deviation", "group"), ("discount", "gae"), ("decay", "gae")):
+            if self.advantage != advantage and getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"{name} has no effect with advantage: {self.advantage}; leave it out")
         return self
 
