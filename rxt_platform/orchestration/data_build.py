@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from rxt_platform.config.mrl import EpisodeConfig
 from rxt_platform.config.run import RunConfig
 from rxt_platform.config.stages import MemoryAwareConfig, StageConfig
 from rxt_platform.data.batches import Batch
@@ -102,7 +103,7 @@ def _batches(config: RunConfig, stage: StageConfig, tokens: Step) -> dict[str, A
 
     return {
         "section": stage.section,
-        "steps": sampler.total_steps,
+        "steps": sampler.total_steps * (stage.updates if isinstance(stage, EpisodeConfig) else 1),
         "batch": stage.global_batch_size,
         "real_share": _real_share(sampler, computed),
         "naive_share": _real_share(unpacked, lambda batch: batch.mask.numel()),

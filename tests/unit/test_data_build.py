@@ -11,7 +11,7 @@ from rxt_platform.inspection import histogram
 from rxt_platform.orchestration import data_build
 from rxt_platform.orchestration.plan import build_plan
 from rxt_platform.orchestration.steps import only_holder
-from rxt_platform.stages.build import sampling
+from rxt_platform.stages.build import sampling, stage_rows
 from rxt_platform.training.engine import forward_rows
 from tests.support import SMALL, small_run
 from tests.unit.data_commands import QUICKSTART, Capture, figures, ran, refused
@@ -38,7 +38,8 @@ def test_the_share_of_real_tokens_is_that_of_the_stages_own_batches(capsys: Capt
     tokens = build_plan(config)[2].artifact
     for name, one in built.items():
         stage = config.stages[name]
-        sampler = BatchSampler(TokenShards(tokens, stage.section, "train"), sampling(stage, 0, config.model.max_length))
+        rows = stage_rows(TokenShards(tokens, stage.section, "train"), stage)
+        sampler = BatchSampler(rows, sampling(stage, 0, config.model.max_length))
         assert one["steps"] == sampler.total_steps <= 50, "so that every step is measured"
         if name != "memory_aware":  # which takes turns in groups, each to its own length
             micro = 4 if name == "sft" else forward_rows(stage, sampler, 2, config.training, "cpu")

@@ -61,7 +61,7 @@ def test_a_baseline_adds_its_steps_and_changes_none_but_the_evaluation(tmp_path:
     longer = fingerprints("baseline={window: 600}", storage=tmp_path)
     assert {name for name in both if longer[name] != both[name]} == {*added, "evaluation"}
     plan = build_plan(small_run(tmp_path, "baseline={window: 512}"))
-    assert last_trained(plan).name == "memory_aware"
+    assert last_trained(plan).name == "mrl"
     assert last_trained(plan, stateless=True).name == "baseline.memory_aware"
 
 
@@ -69,7 +69,7 @@ def test_what_ends_a_stage_early_is_part_of_what_it_is(tmp_path: Path) -> None:
     early = "stages.memory_pretraining.early_stopping={every: 2, patience: 1}"
     plain, stopped = fingerprints(storage=tmp_path), fingerprints(early, storage=tmp_path)
     changed = {name for name in plain if plain[name] != stopped[name]}
-    assert changed == {"memory_pretraining", "memory_aware", "evaluation"}
+    assert changed == {"memory_pretraining", "memory_aware", "mrl", "evaluation"}
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ def test_a_batch_larger_than_its_rows_is_refused_with_tokens_of_another_run_too(
         (["stages.memory_aware.unfreeze_encoder=0.79"], "its last lesson or phase would begin after step 10"),
         (["stages.sft.optimizer.learning_rate_scale={memory_attention: 3}"], "the stage never trains it"),
         (
-            ["baseline={window: 128}", "data.conversations.turns=[8]"],
+            ["baseline={window: 128}", "data.conversations.0.turns=[8]"],
             r"baseline.window 128: story_world:\d+ has \d+ tokens in all its turns",
         ),
     ],

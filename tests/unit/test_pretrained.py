@@ -258,7 +258,7 @@ def test_the_card_holds_the_measured_figures_for_readers_and_for_the_hub(run_fol
         ["3", "50.0%", "60.0%", "-0.100", "10"],
         ["with memory", "0.511", "1.667", "81.2%", "4,242"],
         ["memory reset", "1.511", "4.531", "40.4%", "4,242"],
-        ["joint", "1200", "6.543", "1.234"],
+        ["joint", "1200", "loss", "6.543", "1.234"],
         ["Window of one interaction", "64 tokens"],
         ["Memory", "2 layers x 8 slots x 32"],
         ["Parameters", f"{measure_size(CONFIG).total.parameters:,} without the MLM head"],
