@@ -17,7 +17,7 @@ def main(description: str | None = __doc__) -> int:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="YAML file of the run")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides of the config")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     return guarded(lambda: run_pipeline(load_run(arguments.config, arguments.overrides)))
 
 

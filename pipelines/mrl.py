@@ -19,7 +19,7 @@ def main() -> int:
     parser.add_argument("--config", required=True, help="YAML file of a run with memory_rl stages")
     parser.add_argument("--model", required=True, help="where to start from")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides of the config")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     return guarded(lambda: run_pipeline(reinforced(load_run(arguments.config, arguments.overrides), arguments.model)))
 
 
