@@ -61,6 +61,7 @@ def test_killed_driver_then_the_same_command(finished_pipeline: Path, tmp_path: 
         "sft": "reused",
         "memory_pretraining": "resumed",
         "memory_aware": "made",
+        "mrl": "made",
         "evaluation": "made",
     }
     assert weights_of(report) == weights_of(read_report(finished_pipeline))
