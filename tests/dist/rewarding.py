@@ -14,13 +14,13 @@ from rxt_platform.training.job import StageJob, run_stage
 
 
 class Failing(LocalScorer):
-    """Answers the held-out evaluation and three collections; then not."""
+    """Answers the two calls of the held-out evaluation and three collections, each in four groups; then not."""
 
     calls = 0
 
     def score(self, conversations: Sequence[Sequence[ScoredTurn]]) -> list[list[Reward]]:
         self.calls += 1
-        if os.environ["RANK"] == "1" and self.calls > 5:
+        if os.environ["RANK"] == "1" and self.calls > 2 + 3 * 4:
             raise RewardError("the critic is away")
         return super().score(conversations)
 
