@@ -36,7 +36,7 @@ from rxt_platform.model.files import load_model
 from rxt_platform.orchestration.plan import PREPARED, Step, build_plan
 from rxt_platform.orchestration.prepare import prepare
 from rxt_platform.orchestration.steps import remove_leftovers, stage_job
-from rxt_platform.stages.build import build_stage
+from rxt_platform.stages.build import build_stage, stage_rows
 from rxt_platform.training.distributed import use_cpus
 
 ROOT = Path(__file__).parents[1]
@@ -94,7 +94,7 @@ def tokens_of(config: RunConfig, name: str, epochs: float | None = None) -> int:
     stage = config.stages[name]
     if epochs is not None:
         stage = stage.model_copy(update={"epochs": epochs, "curriculum": []})
-    rows = TokenShards(build_plan(config)[2].artifact, stage.section, "train")
+    rows = stage_rows(TokenShards(build_plan(config)[2].artifact, stage.section, "train"), stage)
     sampler = build_stage(stage, rows, config.seed, config.model.max_length).sampler
     return sum(sampler.global_batch(step).tokens for step in range(sampler.total_steps))
 

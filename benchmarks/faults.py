@@ -36,7 +36,7 @@ from rxt_platform.orchestration import ray_jobs
 from rxt_platform.orchestration.plan import PREPARED, build_plan
 from rxt_platform.orchestration.prepare import prepare
 from rxt_platform.orchestration.steps import stage_job
-from rxt_platform.stages.build import build_stage
+from rxt_platform.stages.build import build_stage, stage_rows
 from rxt_platform.training.job import StageJob
 
 CONFIG = Path(__file__).parents[1] / "pipelines/configs/quickstart.yaml"
@@ -112,7 +112,7 @@ def sha256(job: StageJob) -> str:
 
 def audit(job: StageJob) -> str:
     """Were the rows trained on those of the plan? Of a step done twice, the newest attempt counts."""
-    shards = TokenShards(job.tokens, job.stage.section, "train")
+    shards = stage_rows(TokenShards(job.tokens, job.stage.section, "train"), job.stage)
     sampler = build_stage(job.stage, shards, derive_seed(job.seed, job.name), job.model.max_length, job.weights).sampler
     spans = [span for path in sorted((job.output / "spans").glob("*.jsonl")) for span in rows_of(path)]
     newest: dict[tuple[int, int], dict[str, object]] = {}

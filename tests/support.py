@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from rxt_platform.orchestration.plan import PREPARED, build_plan
 from rxt_platform.orchestration.prepare import prepare
 from rxt_platform.orchestration.steps import stage_job
 from rxt_platform.training.job import StageJob
+from tests.forked import Forked
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -89,25 +89,27 @@ class Jobs:
         launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(workers)] if workers > 1 else []
         return [sys.executable, *launcher, "-m", "rxt_platform.training", str(path)]
 
-    def run(self, stage: str, workers: int = 1) -> subprocess.CompletedProcess[str]:
+    def forked(self, stage: str, workers: int = 1, script: str | None = None, *arguments: str) -> Forked:
+        """Start a stage, by a script of the tests or as `python -m rxt_platform.training` does."""
+        *_, job = self.command(stage)
+        target = "rxt_platform.training" if script is None else ROOT / "tests" / script
+        return Forked(target, [job, *arguments], workers, environment(), ROOT)
+
+    def run(
+        self, stage: str, workers: int = 1, script: str | None = None, *arguments: str
+    ) -> subprocess.CompletedProcess[str]:
         """Run a stage to its end."""
-        command = self.command(stage, workers)
-        return subprocess.run(
-            command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
-        )
+        with self.forked(stage, workers, script, *arguments) as process:
+            return process.wait(300)
 
     def run_and_kill(self, stage: str, step: int) -> None:
         """SIGKILL a stage's process as soon as it has logged `step`."""
-        process = subprocess.Popen(
-            self.command(stage), env=environment(), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        deadline = time.monotonic() + 120
-        while len(self.history(stage)) < step:
-            assert process.poll() is None, "ended before it could be killed"
-            assert time.monotonic() < deadline
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        with self.forked(stage) as process:
+            deadline = time.monotonic() + 120
+            while len(self.history(stage)) < step:
+                assert process.poll() is None, "ended before it could be killed"
+                assert time.monotonic() < deadline
+                time.sleep(0.002)
 
     def history(self, stage: str) -> list[dict[str, float]]:
         """Logged metrics, one row for each step."""

@@ -14,9 +14,6 @@ from typing import Literal, Protocol, Self, TypeAlias
 import numpy as np
 import torch
 from scipy.sparse import csr_array
-from sklearn.feature_extraction.text import HashingVectorizer
-from sklearn.preprocessing import normalize
-from sklearn.utils.extmath import row_norms
 
 from rxt_platform.config.rewards import RewardConfig
 from rxt_platform.data.recall import matches
@@ -43,6 +40,8 @@ class HashedEmbedding:
     """Counts of hashed character 3- to 5-grams, L2-normed: the same for every model, nothing to train or load."""
 
     def __init__(self) -> None:
+        from sklearn.feature_extraction.text import HashingVectorizer  # 2.5 s that other stages' starts do without
+
         self._vectorizer = HashingVectorizer(
             analyzer="char_wb", ngram_range=(3, 5), n_features=_HASH_BUCKETS, norm=None
         )
@@ -59,6 +58,8 @@ class HashedEmbedding:
             return csr_array((len(texts), _HASH_BUCKETS))
         ends = np.cumsum([0, *map(len, rows)], dtype=np.int32)
         counts = csr_array((np.ones(len(words)), words, ends), shape=(len(texts), len(places)))
+        from sklearn.preprocessing import normalize
+
         return normalize(counts @ csr_array(self._vectorizer.transform(places)))
 
 
@@ -312,5 +313,5 @@ def _running_means(asked: _FollowUps, decay: float) -> csr_array:
 def _closeness(one: Vectors, other: Vectors) -> np.ndarray:
     """Cosine of each pair of rows [N, D], 0 if it is negative or one of them is zero."""
     products = (one * other).sum(axis=1)
-    norms = row_norms(one) * row_norms(other)
+    norms = np.sqrt((one * one).sum(axis=1) * (other * other).sum(axis=1))
     return np.clip(np.divide(products, norms, out=np.zeros(len(norms)), where=norms > 0), 0.0, 1.0)

@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from rxt_platform.storage.directory import read_manifest, verify_directory
-from tests.support import ROOT, Jobs, environment
+from tests.support import Jobs
 
 pytestmark = pytest.mark.chaos
 
@@ -23,12 +22,7 @@ NewJobs = Callable[..., Jobs]
 
 def run_faulty(jobs: Jobs, kind: str, rank: int, step: int, workers: int = 2) -> subprocess.CompletedProcess[str]:
     """A stage with a fault in it, to its end."""
-    jobs.command(STAGE)  # writes the job
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(workers)] if workers > 1 else []
-    script = [str(ROOT / "tests/chaos/faulty.py"), str(jobs.folder / f"{STAGE}.json"), kind, str(rank), str(step)]
-    env = {**environment(), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, *launcher, *script]
-    return subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
+    return jobs.run(STAGE, workers, "chaos/faulty.py", kind, str(rank), str(step))
 
 
 def new_sft(new_jobs: NewJobs, *overrides: str) -> Jobs:

@@ -12,7 +12,7 @@ from rxt_platform.errors import ArtifactError
 from rxt_platform.model.baseline import StatelessTransformer
 from rxt_platform.model.files import load_any, load_model
 from rxt_platform.model.parameters import count, measure_size
-from rxt_platform.stages.build import build_stage
+from rxt_platform.stages.build import build_stage, stage_rows
 from rxt_platform.stages.stateless import whole_rows
 from rxt_platform.storage.directory import read_manifest
 from tests.support import make_jobs
@@ -38,7 +38,7 @@ def test_the_baseline_trains_on_any_strategy_as_on_one_worker(tmp_path: Path) ->
         assert alone[-1]["loss"] < alone[0]["loss"]
         reactive = stage.removeprefix("baseline.")
         job = one.jobs[reactive]
-        rows = TokenShards(job.tokens, job.stage.section, "train")
+        rows = stage_rows(TokenShards(job.tokens, job.stage.section, "train"), job.stage)
         sampler = build_stage(job.stage, rows, derive_seed(job.seed, reactive), job.window, job.weights).sampler
         tokens = sum(sampler.global_batch(step).tokens for step in range(sampler.total_steps))
         assert read_manifest(one.jobs[stage].output).metrics["tokens"] == tokens, "those of the model's own stage"

@@ -18,7 +18,7 @@ from rxt_platform.model.files import load_weights
 from rxt_platform.model.parameters import component_of
 from rxt_platform.model.transformer import ReactiveTransformer
 from rxt_platform.stages.base import phase_at
-from rxt_platform.stages.build import build_stage
+from rxt_platform.stages.build import build_stage, stage_rows
 from rxt_platform.storage.directory import read_manifest, seal_directory, verify_directory
 from rxt_platform.training.checkpoints import KIND, Pieces
 from rxt_platform.training.optimizer import schedule
@@ -227,7 +227,7 @@ def test_gradients_are_reduced_no_more_often_than_needed(
 def test_the_engine_computes_what_plain_torch_does(straight_run: Jobs) -> None:
     """The same stage, with its phases, as a loop that a reader can check: fp32, AdamW, clipping, one worker."""
     job = straight_run.jobs["memory_aware"]
-    tokens = TokenShards(job.tokens, job.stage.section, "train")
+    tokens = stage_rows(TokenShards(job.tokens, job.stage.section, "train"), job.stage)
     stage = build_stage(job.stage, tokens, derive_seed(job.seed, job.name), job.model.max_length, job.weights)
     model = ReactiveTransformer(job.model)
     assert job.start is not None

@@ -1,7 +1,6 @@
 """Reinforcement learning on real processes: the same on any number of workers, after any kill, and from a service."""
 
 import json
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ from rxt_platform.orchestration.reinforce import reinforced
 from rxt_platform.storage.directory import read_manifest
 from rxt_platform.training.checkpoints import newest_complete
 from rxt_platform.training.job import StageJob
-from tests.support import ROOT, SMALL, Jobs, environment, make_jobs_of, run_driver
+from tests.support import ROOT, SMALL, Jobs, make_jobs_of, run_driver
 
 pytestmark = pytest.mark.dist
 
@@ -185,18 +184,7 @@ def test_the_scripts_run_everything_and_the_curriculum_alone(finished_pipeline: 
 def test_a_reward_that_can_t_be_had_stops_all_workers_and_nothing_is_made_up(tmp_path: Path, base: Path) -> None:
     """On one of two workers, after some updates: both end with the same error, and a checkpoint is there."""
     jobs = mrl_jobs(tmp_path, base, "training.checkpoints.every=1")
-    *command, job = jobs.command(STAGE, workers=2)
-    start = command.index("-m", command.index("--nproc-per-node"))
-    script = [*command[:start], str(ROOT / "tests/dist/rewarding.py"), job]
-    done = subprocess.run(
-        script,
-        env={**environment(), "PYTHONPATH": str(ROOT)},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
+    done = jobs.run(STAGE, 2, "dist/rewarding.py")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     for rank in range(2):
         assert f"rank {rank}: worker 1: the critic is away; on all ranks: True" in done.stdout

@@ -5,7 +5,6 @@ import math
 import re
 import shutil
 import signal
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from tests.dist.checkpoints import (
     steps_in,
     wait_until,
 )
-from tests.support import ROOT, Jobs, environment
+from tests.support import Jobs
 
 pytestmark = pytest.mark.dist
 
@@ -93,17 +92,7 @@ def test_any_number_of_workers_and_zero_stage_goes_on_from_any_other(
 def test_going_back_in_the_middle_is_like_starting_there(every_step: Jobs, tmp_path: Path) -> None:
     """After a spike the engine is not new. Under ZeRO-3 every rank then holds small weights whole, beside its share."""
     jobs = interrupted(every_step, tmp_path, [3], zero_stage=3, checkpoints={"every": 100})
-    *command, job = jobs.command(STAGE, workers=2)
-    script = [str(ROOT / "tests/dist/gone_back.py"), job]
-    done = subprocess.run(
-        [*command[: command.index("rxt_platform.training") - 1], *script],
-        env={**environment(), "PYTHONPATH": str(ROOT)},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    done = jobs.run(STAGE, 2, "dist/gone_back.py")
     assert done.returncode == 0, done.stderr[-3000:]
     found = re.findall(r'"losses": (\[.*?\])', done.stdout)
     assert len(found) == 2, done.stdout
