@@ -177,7 +177,8 @@ class Decoder(nn.Module):
             if mixture is not None:
                 routed.append(mixture)
         if not routed:
-            return self._normed(x), x.new_zeros(x.shape[0], dtype=torch.float32), x.new_zeros(0, 0)
+            texts = x.shape[0] if documents is None else documents.count
+            return self._normed(x), x.new_zeros(texts, dtype=torch.float32), x.new_zeros(0, 0)
         balance = torch.stack([one.balance for one in routed]).mean(dim=0)
         return self._normed(x), balance, torch.stack([one.usage for one in routed])
 

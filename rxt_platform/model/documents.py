@@ -15,11 +15,13 @@ class Documents:
     number    int64 [B, T], distinct over the whole batch; padding has its row's own last number
     position  int64 [B, T], from 0 at each document's start
     count     an upper bound of the numbers
+    branch    int64 [B, T], of documents that go on in several ways: which one, 0 in the beginning that all of them read
     """
 
     number: Tensor
     position: Tensor
     count: int
+    branch: Tensor | None = None
 
     @classmethod
     def of(cls, index: Tensor, most: int) -> Self:
@@ -34,8 +36,13 @@ class Documents:
 
     @cached_property
     def together(self) -> Tensor:
-        """Which tokens belong to one document: bool [B, T, T]. Padding belongs together, so that no row is empty."""
-        return self.number[:, :, None] == self.number[:, None, :]
+        """Which tokens may be read together with one: bool [B, T, T], those of its document, of its own branch and the
+        common beginning. Padding belongs together, so that no row is empty."""
+        same = self.number[:, :, None] == self.number[:, None, :]
+        if self.branch is None:
+            return same
+        read = self.branch[:, None, :]
+        return same & ((self.branch[:, :, None] == read) | (read == 0))
 
     @cached_property
     def causal(self) -> Tensor:

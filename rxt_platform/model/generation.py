@@ -15,6 +15,7 @@ from torch import Tensor
 from rxt_platform.config.model import ModelConfig
 from rxt_platform.data.tokenizer import ANSWER, PAD, THINK
 from rxt_platform.errors import DataError, ModelError
+from rxt_platform.model.decoder import Cache
 from rxt_platform.model.sampling import GREEDY, NOT_FINITE, SamplingOptions, choose, uniform_draws
 from rxt_platform.model.stepper import LanguageModel, Stepper
 from rxt_platform.model.transformer import ReactiveTransformer
@@ -90,34 +91,41 @@ def generate(
     seeds: Sequence[int] | None = None,
     limits: Sequence[int] | None = None,
     stepper: Stepper | None = None,
+    copies: Sequence[int] | None = None,
 ) -> Iterator[list[int | None]]:
     """Answer a batch of prompts (`[BOS][Q]query[A]` ids of any lengths) over `memory` [L, B, S, D] (None without one).
 
     A reply that begins with thoughts is asked for by another marker, see `open_reply`. Yields, for every step, each
     row's next token, None where the row has ended. A row ends after a stop token, when the model's window is full, or
-    after `max_new_tokens`, its own of `limits` if given. Raises DataError for a prompt that is empty, leaves no room to
-    answer or holds ids that the model does not have, ModelError for a memory that is not this model's and for logits
-    that are not finite.
+    after `max_new_tokens`, its own of `limits` if given. With `copies` each prompt is answered so many times, one after
+    the other in the rows, but read once; `seeds` are then the answers', `limits` the prompts'. Raises DataError for a
+    prompt that is empty, leaves no room to answer or holds ids that the model does not have, ModelError for a memory
+    that is not this model's and for logits that are not finite.
     """
-    rows, window = len(prompts), model.config.max_length
-    for name, given in (("seeds", seeds), ("limits", limits)):
-        if given is not None and len(given) != rows:
-            raise DataError(f"{len(given)} {name} for {rows} prompts: give each its own")
+    asked, window = len(prompts), model.config.max_length
+    copies = [1] * asked if copies is None else copies
+    rows = sum(copies)
+    for name, given, what, wanted in (
+        ("seeds", seeds, "answers", rows),
+        ("limits", limits, "prompts", asked),
+        ("copies", copies, "prompts", asked),
+    ):
+        if given is not None and len(given) != wanted:
+            raise DataError(f"{len(given)} {name} for {wanted} {what}: give each its own")
+    if asked and min(copies) < 1:
+        raise DataError(f"{min(copies)} copies: each prompt is answered once or more")
     ends = _last_lengths(model.config, prompts, options, limits)
-    _check_memory(model, memory, rows)
+    _check_memory(model, memory, asked)
     stepper = stepper or Stepper(model)
     device = model.embedding.weight.device
     draws = uniform_draws([options.seed + row for row in range(rows)] if seeds is None else seeds, options, window).to(
         device
     )
 
-    lengths = [len(prompt) for prompt in prompts]
-    at = torch.tensor(lengths, device=device)
-    ids, mask = right_padded(prompts, at)
-    cache = stepper.start(memory, rows, max(ends))
-    states = model.decoder.prefill(model.embedding(ids), mask, cache)
-    last = states[torch.arange(rows, device=device), at - 1]
-    chosen = choose(model.decoder.head(last), options, draws[:, 0])
+    source = [prompt for prompt, count in enumerate(copies) for _ in range(count)]
+    logits, cache = _read(stepper, prompts, memory, max(ends), source)
+    lengths, ends = [len(prompts[prompt]) for prompt in source], [ends[prompt] for prompt in source]
+    chosen = choose(logits, options, draws[:, 0])
     alive, present = [True] * rows, list(range(rows))  # `present` are the rows that are computed
     for turn in range(1, window + 1):
         said: list[int | None] = [None] * rows
@@ -148,6 +156,22 @@ def generate(
             options,
             used,
         )
+
+
+def _read(
+    stepper: Stepper, prompts: Sequence[Sequence[int]], memory: Tensor | None, length: int, source: Sequence[int]
+) -> tuple[Tensor, Cache]:
+    """What follows the prompts: logits [B, V] and a cache of `length` tokens of B answers, to the prompts `source`."""
+    model = stepper.model
+    at = torch.tensor([len(prompt) for prompt in prompts], device=model.embedding.weight.device)
+    ids, mask = right_padded(prompts, at)
+    cache = stepper.start(memory, len(prompts), length)
+    states = model.decoder.prefill(model.embedding(ids), mask, cache)
+    logits = model.decoder.head(states[torch.arange(len(prompts), device=at.device), at - 1])
+    if len(source) == len(prompts):
+        return logits, cache
+    rows = torch.tensor(source, device=at.device)
+    return logits[rows], cache.rows(rows)
 
 
 def _last_lengths(
@@ -200,10 +224,11 @@ def answer_batch(
     seeds: Sequence[int] | None = None,
     limits: Sequence[int] | None = None,
     stepper: Stepper | None = None,
+    copies: Sequence[int] | None = None,
 ) -> list[list[int]]:
     """The whole answers (with the stop token where the model gave one) of a batch of prompts, see `generate`."""
-    answers: list[list[int]] = [[] for _ in prompts]
-    for step in generate(model, prompts, memory, options, seeds, limits, stepper):
+    answers: list[list[int]] = [[] for _ in range(len(prompts) if copies is None else sum(copies))]
+    for step in generate(model, prompts, memory, options, seeds, limits, stepper, copies):
         for answer, token in zip(answers, step, strict=True):
             if token is not None:
                 answer.append(token)

@@ -15,12 +15,11 @@ def target_loss(model: LanguageModel, states: Tensor, ids: Tensor, targets: Tens
     return model.decoder.head(states[..., :-1, :][wanted], ids[..., 1:][wanted])
 
 
-def target_log_probabilities(
-    model: LanguageModel, states: Tensor, ids: Tensor, targets: Tensor, temperature: float = 1.0
+def log_probabilities(
+    model: LanguageModel, states: Tensor, ids: Tensor, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability of each target token, and the entropy where it was drawn, flat [targets] in row-major order.
+    """Log-probability of each token [n] that follows a state [n, D], and the entropy where it was drawn.
 
     Of the whole vocabulary at that temperature; otherwise as `target_loss`.
     """
-    wanted = targets[..., 1:]
-    return model.decoder.head(states[..., :-1, :][wanted], ids[..., 1:][wanted], temperature)
+    return model.decoder.head(states, ids, temperature)

@@ -83,14 +83,13 @@ def _answer(
 ) -> list[list[list[int]]]:
     """The sampled answers to a turn of each episode."""
     numbers = [1 if options.keyed_only and one.asked(turn).recall is None else options.answers for one in episodes]
-    prompts = [one.prompt(turn) for one, number in zip(episodes, numbers, strict=True) for _ in range(number)]
+    prompts = [one.prompt(turn) for one in episodes]
     seeds = [
         derive_seed(one.seed, "answer", turn, which)
         for one, number in zip(episodes, numbers, strict=True)
         for which in range(number)
     ]
-    copies = torch.tensor(numbers, device=memory.device)
-    answers = iter(answer_batch(model, prompts, memory.repeat_interleave(copies, dim=1), sampling, seeds))
+    answers = iter(answer_batch(model, prompts, memory, sampling, seeds, copies=numbers))
     return [[next(answers) for _ in range(number)] for number in numbers]
 
 

@@ -1,6 +1,7 @@
 """Sampled answers under a model: their tokens' log-probabilities over the memory that the episodes' writes led to.
 
 One forward for whole episodes, with gradient through the writes: a late answer's reward reaches the first write.
+A question's answers share a row: its memory and prompt are read once, and each answer goes on from there.
 """
 
 from dataclasses import dataclass
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor
 
 from rxt_platform.data.tokenizer import PAD
-from rxt_platform.model.loss import target_log_probabilities
+from rxt_platform.model.documents import Documents
+from rxt_platform.model.loss import log_probabilities
 from rxt_platform.model.transformer import ReactiveTransformer
 from rxt_platform.rl.episodes import Experience
 from rxt_platform.rl.objective import Tokens
@@ -28,7 +30,7 @@ class Answered:
     log_probs  [n] of the sampled tokens, at the temperature that they were sampled at
     entropy    [n] of the distributions that they were drawn from
     states     [n, D] of the decoder, from which they were drawn
-    balance    the experts' balance, summed over the answers
+    balance    the experts' balance in the answers' rows, summed over the answers
     usage      real tokens sent to each expert [M, E]
     moved      sum over writes of sqrt(write) * MSE(new, old)
     relative   sum over writes of the memory's relative change, without gradient
@@ -86,12 +88,16 @@ def answered(
     targets = part.targets[place[:, 0], place[:, 1], place[:, 2]]
     real = (ids != PAD) | targets  # [PAD] may have been sampled
     real[:, 0] = True
+    rows = _rows(place, ids, targets, real)
+    asked = place[rows.first]
     # rows of one memory lie together: [L, B * N, S, D] at (turn, episode)
     stacked = torch.stack(memories, dim=1).flatten(1, 2)
-    memory = stacked[:, place[:, 1] * len(written.rows) + place[:, 0]]
+    memory = stacked[:, asked[:, 1] * len(written.rows) + asked[:, 0]]
     frozen = "embedding" not in phase.trains
-    decoded = model.decode_states(ids, real, memory, frozen_embedding=frozen)
-    log_probs, entropy = target_log_probabilities(model, decoded.states, ids, targets, temperature)
+    decoded = model.decode_states(rows.ids, rows.real, memory, frozen_embedding=frozen, documents=rows.documents)
+    sampled = targets[:, 1:]
+    states = decoded.states[rows.row[:, None].expand_as(sampled)[sampled], rows.column[:, :-1][sampled]]
+    log_probs, entropy = log_probabilities(model, states, ids[:, 1:][sampled], temperature)
     owner = torch.arange(len(place), device=ids.device)[:, None].expand_as(targets)[targets]
     return Answered(
         place=place,
@@ -99,9 +105,52 @@ def answered(
         tokens=Tokens(owner, len(place)),
         log_probs=log_probs,
         entropy=entropy,
-        states=decoded.states[:, :-1][targets[:, 1:]],
-        balance=decoded.balance.sum() * real_rows,
+        states=states,
+        balance=(decoded.balance[rows.documents.number[:, 0]] * rows.answers).sum() * real_rows,
         usage=decoded.usage * real_rows,
         moved=moved,
         relative=relative,
     )
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Answers of one question in one row: [BOS][Q]query[A], then each answer from there on. Q questions, A answers."""
+
+    ids: Tensor  # [Q, W]
+    real: Tensor  # bool [Q, W]
+    documents: Documents  # each row is one, and each answer a branch of it
+    first: Tensor  # [Q], the first answer of a question
+    answers: Tensor  # [Q], how many it has
+    row: Tensor  # [A]
+    column: Tensor  # [A, T], where each token of an answer's own row is
+
+
+def _rows(place: Tensor, ids: Tensor, targets: Tensor, real: Tensor) -> _Rows:
+    """From answers [A, T] with their prompts, those of one question (`place`, episode and turn) one after the other."""
+    _, row, answers = place[:, :2].unique_consecutive(dim=0, return_inverse=True, return_counts=True)
+    first = answers.cumsum(0) - answers
+    prompt = targets.int().argmax(dim=1).clamp(min=1)
+    length = real.sum(dim=1) - prompt
+    before = length.cumsum(0) - length
+    offset = before - before[first][row]
+    step = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    answer = step >= prompt[:, None]
+    column = torch.where(answer, step + offset[:, None], step)
+    at = (row[:, None].expand_as(ids)[real], column[real])
+    shape = (len(answers), int((prompt + offset + length).max()))
+
+    def spread(values: Tensor, fill: int) -> Tensor:
+        made = values.new_full(shape, fill)
+        made[at] = values[real]  # the prompt's tokens once for each answer, always the same
+        return made
+
+    number = torch.arange(len(ids), device=ids.device)[:, None] + 1
+    there = spread(real, False)
+    documents = Documents(
+        2 * torch.arange(shape[0], device=ids.device)[:, None] + (~there).long(),
+        spread(step, 0),
+        2 * shape[0],
+        spread(torch.where(answer, number, 0), 0),
+    )
+    return _Rows(spread(ids, PAD), there, documents, first, answers, row, column)

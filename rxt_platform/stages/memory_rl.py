@@ -186,10 +186,11 @@ class EpisodeStage:
         if not phase.trains - _CRITIC:
             return 0
         rows, turns = part.written.turns.shape
-        answers, length = int(part.answered.sum()), part.ids.shape[-1]
-        real = int(((part.ids != PAD) | part.targets).sum())
-        total = model.head(3 * int(part.targets.sum()))
-        total += 3 * model.decode(answers, length, real, model.config.memory.slots)
+        sampled = part.targets.sum(dim=(2, 3))  # of a question's answers, which are decoded after one prompt
+        prompts = (((part.ids != PAD) & ~part.targets).sum(dim=-1) * part.answered).amax(dim=2)
+        asked, length = int((sampled > 0).sum()), int((prompts + sampled).max())
+        total = model.head(3 * int(sampled.sum()))
+        total += 3 * model.decode(asked, length, int((prompts + sampled).sum()), model.config.memory.slots)
         encode = model.train_encoder if "encoder" in phase.trains else model.encode
         for turn in range(turns - 1):
             written = part.written.turn_lengths[turn]

@@ -169,8 +169,23 @@ def test_rows_of_one_seed_sample_the_same() -> None:
     assert answers[0] == answers[1] != answers[2]
 
 
-@pytest.mark.parametrize("what", ["seeds", "limits"])
-def test_seeds_and_limits_that_are_not_one_a_row_are_refused(what: str) -> None:
+def test_several_answers_to_a_prompt_that_is_read_once() -> None:
+    """They are those of as many rows, each with its seed and the limit of its prompt."""
+    model, prompts = model_that_ends(SOMETIMES), prompts_of(*LENGTHS[:3])
+    memory, options = model.initial_memory(torch.arange(3)), SamplingOptions(temperature=1.0)
+    seeds, copies, limits = [5, 6, 7, 8, 9, 10], [3, 1, 2], [9, 4, 30]
+    source = [0, 0, 0, 1, 2, 2]
+    each = answer_batch(
+        model, [prompts[i] for i in source], memory[:, source], options, seeds, [limits[i] for i in source]
+    )
+    assert answer_batch(model, prompts, memory, options, seeds, limits, copies=copies) == each
+    assert len({tuple(answer) for answer in each}) == 6
+    with pytest.raises(DataError, match="0 copies"):
+        answer_batch(model, prompts, memory, options, copies=[1, 0, 1])
+
+
+@pytest.mark.parametrize("what", ["seeds", "limits", "copies"])
+def test_seeds_limits_and_copies_that_are_not_one_a_row_are_refused(what: str) -> None:
     model = model_that_ends(NEVER)
     memory = model.initial_memory(torch.arange(3))
     with pytest.raises(DataError, match=what):

@@ -25,6 +25,9 @@ from rxt_platform.stages.memory_rl import CriticStage
 from tests.unit.episodes import ALL, episode_set, episodes, experience_of, rl_config, rl_stage, world_model
 from tests.unit.helpers import gradients, tiny_config
 
+SPARSE = {"query_heads": 2, "key_value_heads": 2}
+DENSE = {"self_attention": SPARSE, "cross_attention": SPARSE, "feed_forward_size": 48}
+
 
 def held(model: ReactiveTransformer, answers: int = 3, turns: int = 4, count: int = 4) -> Experience:
     """Experience of a model's own answers, its advantages drawn at random."""
@@ -62,6 +65,48 @@ def test_the_first_update_has_ratio_1_for_every_token_and_kl_0() -> None:
     assert float(report.metrics["clipped"]) == 0
 
 
+@pytest.mark.parametrize("model", [world_model(), world_model(decoder=DENSE)], ids=["experts", "dense"])
+def test_answers_that_share_a_row_are_decoded_as_each_in_its_own(model: ReactiveTransformer) -> None:
+    """Log-probabilities, the balance of lone answers, and the gradient; some questions have fewer answers, or none."""
+    experience = held(model, answers=4, count=3)
+    targets = experience.targets.clone()
+    targets[0, 1, 1:] = targets[1, 2] = targets[2, 1, 0] = targets[2, 3, 2] = False
+    experience = replace(experience, targets=targets)
+    found = answered(model, experience, ALL)
+    expected, balance = list[Tensor](), list[Tensor]()
+    for row in range(3):
+        written = experience.written
+        memory = model.initial_memory(written.seeds[row : row + 1])
+        for turn in range(4):
+            for number in range(4):
+                if not targets[row, turn, number].any():
+                    continue
+                end = int(targets[row, turn, number].nonzero()[-1]) + 1
+                ids = experience.ids[row : row + 1, turn, number, :end]
+                decoded = model.decode_states(ids, None, memory)
+                logs = model.head(decoded.states).log_softmax(dim=-1)
+                balance.append(decoded.balance.sum())
+                start = int(targets[row, turn, number].nonzero()[0])
+                expected.append(logs[0, start - 1 : end - 1].gather(1, ids[0, start:end, None])[:, 0])
+            length = int(written.mask[row, turn].sum())
+            memory = model.write(memory, written.ids[row : row + 1, turn, :length], None)
+    alone = torch.cat(expected)
+    torch.testing.assert_close(found.log_probs, alone, atol=1e-5, rtol=1e-5)
+    weights = torch.randn(alone.shape, generator=torch.Generator().manual_seed(1))
+    trained = [each for each in model.parameters() if each.requires_grad]
+    shared, each = (
+        torch.autograd.grad((logs * weights).sum(), trained, allow_unused=True) for logs in (found.log_probs, alone)
+    )
+    for mine, theirs in zip(shared, each, strict=True):
+        assert (mine is None) == (theirs is None)
+        if mine is not None and theirs is not None:
+            torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-3)
+    targets[:, :, 1:] = False
+    lone = answered(model, replace(experience, targets=targets), ALL)
+    firsts = [at for at, (_, _, number) in enumerate(found.place.tolist()) if number == 0]
+    assert float(lone.balance) == pytest.approx(float(sum(balance[at] for at in firsts)), abs=1e-4)
+
+
 def test_log_probabilities_are_those_that_the_sampler_drew_from() -> None:
     """At temperature 1, token by token, with a cache: within rounding."""
     model = world_model()
@@ -83,9 +128,7 @@ def test_a_reward_at_turn_6_reaches_the_write_at_turn_1_as_finite_differences_sa
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """In double precision, so without experts: their kernel has none."""
-    sparse = {"query_heads": 2, "key_value_heads": 2}
-    decoder = {"self_attention": sparse, "cross_attention": sparse, "feed_forward_size": 48}
-    model = world_model(decoder=decoder).double()
+    model = world_model(decoder=DENSE).double()
     experience = experience_of(hold_episodes(model, episodes(turns=7, count=1), RolloutOptions(2)))
     late = torch.zeros_like(experience.advantages)
     late[0, 6] = torch.tensor([1.5, -0.5])
