@@ -82,11 +82,6 @@ class Stage(Protocol):
         ...
 
     @property
-    def mean_over(self) -> Mapping[str, str]:
-        """For each metric, the field of `Batch` that counts what it is a mean of."""
-        ...
-
-    @property
     def sampler(self) -> BatchSampler:
         """Its training rows, batch by batch."""
         ...
@@ -101,6 +96,15 @@ class Stage(Protocol):
 
     def flops(self, model: ForwardFlops, batch: Any, phase: Phase) -> int:
         """FLOPs of `loss` and its backward pass on a part of a global batch, without what is computed again."""
+        ...
+
+
+class RowStage(Stage, Protocol):
+    """A stage whose held-out metrics are means over rows; those of conversations that are held are not."""
+
+    @property
+    def mean_over(self) -> Mapping[str, str]:
+        """For each metric, the field of `Batch` that counts what it is a mean of."""
         ...
 
     def evaluate(self, model: Any, batch: Batch, phase: Phase) -> LossReport:

@@ -5,9 +5,8 @@ gradient, and the sampled answers decoded over them, so that a late answer's rew
 What was collected (answers, rewards, advantages) comes from the engine's collector as an `Experience`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +25,7 @@ from rxt_platform.rl import objective
 from rxt_platform.rl.critic import Scorer, state_ids
 from rxt_platform.rl.episode_set import EpisodeSet
 from rxt_platform.rl.episodes import Episode, Experience, Rollout, padded_states
+from rxt_platform.rl.held_out import HeldOut
 from rxt_platform.rl.rollouts import RolloutOptions, hold_episodes
 from rxt_platform.rl.scoring import reward_tensors, score_rollouts
 from rxt_platform.stages.answers import Answered, answered
@@ -52,8 +52,6 @@ class EpisodeStage:
 
     Without `judging` a stage can be planned, but not run; the sampler's rows are an `EpisodeSet` where it runs.
     """
-
-    mean_over: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, config: EpisodeConfig, sampler: EpisodeSampler, judging: Judging | None = None) -> None:
         self.config, self.sampler, self._judging = config, sampler, judging
@@ -124,39 +122,30 @@ class EpisodeStage:
         return self.sampler.steps(epochs) if epochs else 0
 
     @torch.no_grad()
-    def evaluate(self, model: ReactiveTransformer, batch: Batch, phase: Phase) -> LossReport:
-        """Held-out conversations, held with sampled answers and with greedy ones.
-
-        reward: of sampled answers, a mean over those that have one; greedy_reward the same of greedy answers; recall:
-        share of asked facts that greedy answers hold; with a critic the correlation of its values and the rewards of
-        sampled answers, and the root of the mean squared error. What there was nothing to measure of is left out.
-        """
+    def hold_out(self, model: ReactiveTransformer, batch: Batch) -> HeldOut:
+        """Held-out conversations, held with sampled answers and, of a policy that is trained, with greedy ones."""
+        if not len(batch.rows):
+            return HeldOut()
         episodes = self.judging.held_out.episodes(batch)
         forced = self.config.memory == "teacher_forced"
         limit = self.config.max_answer_tokens
         sampled = hold_episodes(model, episodes, RolloutOptions(1, self.config.temperature, limit, forced))
         rewards, known = reward_tensors(self.rewards(sampled), max(one.turns for one in episodes))
-        found: dict[str, Tensor] = {}
-        if known.any():
-            found["reward"] = rewards[known].mean()
+        greedy, right, asked = torch.zeros(0), 0, 0
         if isinstance(self.config, MemoryRLConfig):
-            greedy = hold_episodes(model, episodes, RolloutOptions(1, 0.0, limit, forced))
-            worth, has = reward_tensors(self.rewards(greedy), rewards.shape[1])
-            if has.any():
-                found["greedy_reward"] = worth[has].mean()
-            if (recall := self._recall(greedy)) is not None:
-                found["recall"] = torch.tensor(recall)
+            answered = hold_episodes(model, episodes, RolloutOptions(1, 0.0, limit, forced))
+            worth, has = reward_tensors(self.rewards(answered), rewards.shape[1])
+            greedy, (right, asked) = worth[has], self._recall(answered)
+        values = judged = torch.zeros(0)
         if isinstance(model, ActorCritic) and known.any():
             states = padded_states(self.states(sampled, model.critic.window), rewards.shape[1])[:, :, 0]
-            asked = known.any(dim=-1)
-            values = critic_values(model, states[asked].to(model.critic.embedding.weight.device)).cpu()
-            found["critic_correlation"] = correlation(values, rewards[..., 0][asked])
-            found["critic_error"] = (values - rewards[..., 0][asked]).pow(2).mean().sqrt()
-        wanted = self.config.metrics
-        return LossReport(torch.zeros(()), {name: found[name].float() for name in wanted if name in found})
+            has_one = known.any(dim=-1)
+            values = critic_values(model, states[has_one].to(model.critic.embedding.weight.device)).cpu()
+            judged = rewards[..., 0][has_one]
+        return HeldOut(rewards[known].tolist(), greedy.tolist(), right, asked, values.tolist(), judged.tolist())
 
-    def _recall(self, rollouts: Sequence[Rollout]) -> float | None:
-        """Share of the questions with an answer key whose first answer holds it; None where none has one."""
+    def _recall(self, rollouts: Sequence[Rollout]) -> tuple[int, int]:
+        """Questions with an answer key whose first answer holds it, and all that have one."""
         right = asked = 0
         for one in rollouts:
             for turn in range(one.episode.given, one.episode.turns):
@@ -165,7 +154,7 @@ class EpisodeStage:
                     asked += 1
                     said = self.judging.tokenizer.decode(answer_ids(one.answers[turn][0]))
                     right += matches(said, item.reply, item.recall.spans)
-        return right / asked if asked else None
+        return right, asked
 
     def _critic_loss(self, model: ActorCritic, part: Experience) -> Tensor:
         """Of values, on a scale of 1, the mean squared error over the states of the global batch; of answers the mean
@@ -330,10 +319,3 @@ class CriticStage(EpisodeStage):
 def critic_values(model: ActorCritic, states: Tensor) -> Tensor:
     """V of critic inputs [n, C], right-padded: [n], fp32."""
     return model.critic(states, states != PAD)[:, 0].float()
-
-
-def correlation(one: Tensor, other: Tensor) -> Tensor:
-    """Pearson's, 0 where one of both does not vary."""
-    one, other = one.double() - one.double().mean(), other.double() - other.double().mean()
-    norm = one.norm() * other.norm()
-    return (one @ other / norm if norm > 0 else torch.zeros(())).float()

@@ -25,12 +25,13 @@ from rxt_platform.model.transformer import ReactiveTransformer
 from rxt_platform.rl.advantages import generalised_advantages, group_advantages, normalised, value_advantages
 from rxt_platform.rl.critic import RewardService
 from rxt_platform.rl.episodes import Experience, Rollout, answer_tensors, padded_states, written_batch
+from rxt_platform.rl.held_out import HeldOut, correlation
 from rxt_platform.rl.preferences import better_and_worse, paired
 from rxt_platform.rl.rollouts import hold_episodes
 from rxt_platform.rl.scoring import reward_tensors
 from rxt_platform.stages.answers import Answered
-from rxt_platform.stages.base import LossReport, Phase
-from rxt_platform.stages.memory_rl import EpisodeStage, MemoryRLStage, correlation, critic_values
+from rxt_platform.stages.base import Phase
+from rxt_platform.stages.memory_rl import EpisodeStage, MemoryRLStage, critic_values
 from rxt_platform.training.distributed import on_rank_zero, raise_together
 from rxt_platform.training.measures import Metrics, StepClock
 from rxt_platform.training.strategy import Strategy
@@ -88,16 +89,20 @@ class Collector:
         assert self._experience is not None
         return self._experience.minibatch(self._rows(number, update))
 
-    def evaluate(self, validation: Sequence[Batch], phase: Phase) -> Metrics:
-        """Held-out metrics, of one batch of conversations; every rank computes them. All raise if one fails."""
+    def evaluate(self, validation: Sequence[Batch]) -> Metrics:
+        """Held-out metrics of one batch of conversations, of which every rank holds its share. All raise if one fails.
+
+        They are those that the stage's config lists."""
         (batch,) = validation
+        share = batch.rows_at(torch.arange(self.rank, len(batch.rows), self.world))
         with self.strategy.whole_model() as model:
             model.eval()
             try:
-                report: LossReport = self._together(lambda: self.stage.evaluate(model, batch, phase))[self.rank]
+                parts: list[HeldOut] = self._together(lambda: self.stage.hold_out(model, share))
             finally:
                 model.train()
-        return {name: float(value) for name, value in report.metrics.items()}
+        found = HeldOut.joined(parts).metrics()
+        return {name: found[name] for name in self.stage.config.metrics if name in found}
 
     def _rows(self, number: int, update: int) -> list[int]:
         """The episodes of an update: each once in every pass, neighbours of like length kept together."""

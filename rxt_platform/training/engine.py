@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -25,7 +25,7 @@ from rxt_platform.errors import ResumeError, StoppedError, TrainingError
 from rxt_platform.model.flops import ForwardFlops
 from rxt_platform.model.layers import checkpoint_layers, compile_layers
 from rxt_platform.rl.critic import RewardService
-from rxt_platform.stages.base import Model, Phase, Stage, TrainingBatch, phase_at
+from rxt_platform.stages.base import Model, Phase, RowStage, Stage, TrainingBatch, phase_at
 from rxt_platform.stages.memory_rl import EpisodeStage, MemoryRLStage
 from rxt_platform.training import checkpoints
 from rxt_platform.training.checkpoints import ResumeState, Skipped
@@ -100,8 +100,9 @@ class StageProgram(nn.Module):
         if answers:
             assert isinstance(self.stage, MemoryRLStage)
             return self.stage.answers(self.model, batch, phase)
-        report = self.stage.evaluate if held_out else self.stage.loss
-        return report(self.model, batch, phase)
+        if held_out:
+            return cast("RowStage", self.stage).evaluate(self.model, batch, phase)
+        return self.stage.loss(self.model, batch, phase)
 
 
 class Engine:
@@ -387,16 +388,20 @@ class Engine:
 
     @torch.no_grad()
     def evaluate(self, validation: list[Batch]) -> Metrics:
-        """Metrics over all held-out rows, each weighted by what it is a mean of; every rank computes them all."""
+        """Metrics over all held-out rows, each weighted by what it is a mean of.
+
+        Every rank computes them all, but for conversations that are held: of those each holds its share.
+        """
         if self.collector is not None:
-            return self.collector.evaluate(validation, self.phases[-1])
+            return self.collector.evaluate(validation)
         self.program.eval()
+        mean_over = cast("RowStage", self.stage).mean_over
         sums: Metrics = {}
         weights: Metrics = {}
         usage: Tensor | None = None
         for batch in validation:
             report = self.program(batch.to(self.settings.device), self.phases[-1], held_out=True)
-            counts = {name: float(getattr(batch, self.stage.mean_over[name])) for name in report.metrics}
+            counts = {name: float(getattr(batch, mean_over[name])) for name in report.metrics}
             _add(sums, {name: float(value) * counts[name] for name, value in report.metrics.items()})
             _add(weights, counts)
             if report.usage is not None:
