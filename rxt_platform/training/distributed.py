@@ -3,7 +3,9 @@
 import ctypes
 import os
 import socket
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
 
@@ -32,6 +34,19 @@ def use_cpus(count: int) -> None:
         mallopt(_M_TRIM_THRESHOLD, _KEPT)
 
 
+@contextmanager
+def _hidden(module: str) -> Iterator[None]:
+    """Meanwhile a module can't be imported, unless it is there already."""
+    if module in sys.modules:
+        yield
+        return
+    sys.modules[module] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[module]
+
+
 def start_process_group(use_gpu: bool, timeout: float) -> torch.device:
     """Initialise DeepSpeed's communication (NCCL or gloo) on the group that is there; returns this rank's device.
 
@@ -45,7 +60,8 @@ def start_process_group(use_gpu: bool, timeout: float) -> torch.device:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
-    import deepspeed
+    with _hidden("mlflow"):  # DeepSpeed's autotuner, of which nothing is used here, would import it for two seconds
+        import deepspeed
 
     if not use_gpu:
         # The shared-memory op is compiled on first use (40 s) and not needed: gloo does the collectives.

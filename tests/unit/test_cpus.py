@@ -1,7 +1,13 @@
 """What a worker does with the CPUs that it was given."""
 
+import importlib.util
+import json
 import subprocess
 import sys
+
+import pytest
+
+from rxt_platform.training.distributed import _hidden
 
 FAULTS = """
 import resource, torch
@@ -21,3 +27,15 @@ def test_memory_of_freed_tensors_is_kept() -> None:
     """Only where the C library is glibc; elsewhere there is nothing to set."""
     done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 4096
+
+
+def test_a_module_that_is_not_wanted_can_t_be_imported_for_a_while() -> None:
+    """DeepSpeed then does without it; what was imported before stays."""
+    name = "this"
+    sys.modules.pop(name, None)
+    with _hidden(name), pytest.raises(ImportError):
+        __import__(name)
+    assert importlib.util.find_spec(name) is not None
+    with _hidden("json"):
+        assert sys.modules["json"] is json
+    assert sys.modules["json"] is json
