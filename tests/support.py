@@ -6,8 +6,11 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import yaml
 
 from rxt_platform.config.loading import load_run
 from rxt_platform.config.run import RunConfig
@@ -139,23 +142,26 @@ def no_ray() -> None:
     raise AssertionError("a small corpus needs no Ray")
 
 
-def driver_command(storage: Path, *overrides: str, script: str = "full_smst.py") -> list[str]:
-    """How a user starts the small pipeline."""
-    config = str(ROOT / "pipelines/configs/quickstart.yaml")
-    return [
-        sys.executable,
-        str(ROOT / "pipelines" / script),
-        "--config",
-        config,
-        *SMALL,
-        f"storage={storage}",
-        *overrides,
-    ]
+def driver_command(
+    storage: Path, *overrides: str, script: str = "full_smst.py", stages: Sequence[str] = ALL_STAGES
+) -> list[str]:
+    """How a user starts the small pipeline, or only its first stages."""
+    config = ROOT / "pipelines/configs/quickstart.yaml"
+    if stages != ALL_STAGES:
+        raw = yaml.safe_load(config.read_text())
+        raw["stages"] = {name: raw["stages"][name] for name in stages}
+        config = storage / config.name
+        config.write_text(yaml.safe_dump(raw, sort_keys=False))
+    small = [one for one in SMALL if not one.startswith("stages.") or one.split(".")[1] in stages]
+    command = [sys.executable, str(ROOT / "pipelines" / script), "--config", str(config)]
+    return [*command, *small, f"storage={storage}", *overrides]
 
 
-def run_driver(storage: Path, *overrides: str, script: str = "full_smst.py") -> subprocess.CompletedProcess[str]:
+def run_driver(
+    storage: Path, *overrides: str, script: str = "full_smst.py", stages: Sequence[str] = ALL_STAGES
+) -> subprocess.CompletedProcess[str]:
     """Run the small pipeline to its end in a process of its own."""
-    command = driver_command(storage, *overrides, script=script)
+    command = driver_command(storage, *overrides, script=script, stages=stages)
     return subprocess.run(
         command, env=environment(), cwd=storage, capture_output=True, text=True, timeout=540, check=False
     )
@@ -167,6 +173,7 @@ def read_report(storage: Path) -> Report:
     return report
 
 
-def weights_of(report: Report) -> str:
-    """Hash of the weights that a run ended with."""
-    return hashlib.sha256((Path(report["model"]) / "model.safetensors").read_bytes()).hexdigest()
+def weights_of(report: Report, stage: str) -> str:
+    """Hash of the weights that a stage of a run ended with."""
+    (folder,) = (step["artifact"] for step in report["steps"] if step["name"] == stage)
+    return hashlib.sha256((Path(folder) / "model.safetensors").read_bytes()).hexdigest()

@@ -16,6 +16,8 @@ from tests.support import driver_command, environment, read_report, run_driver, 
 
 pytestmark = pytest.mark.chaos
 
+STAGES = ("pretraining", "sft")
+
 
 def work_of(storage: Path, stage: str) -> Path:
     """The work folder of a stage of the small pipeline."""
@@ -24,9 +26,9 @@ def work_of(storage: Path, stage: str) -> Path:
 
 
 def start_driver(storage: Path) -> subprocess.Popen[str]:
-    """The small pipeline, in the background."""
+    """The first stages of the small pipeline, in the background."""
     return subprocess.Popen(
-        driver_command(storage),
+        driver_command(storage, stages=STAGES),
         env=environment(),
         cwd=storage,
         stdout=subprocess.PIPE,
@@ -36,12 +38,12 @@ def start_driver(storage: Path) -> subprocess.Popen[str]:
 
 
 def test_killed_driver_then_the_same_command(finished_pipeline: Path, tmp_path: Path) -> None:
-    """SIGKILL in stage 3: finished steps are reused, stage 3 resumes, the weights equal an uninterrupted run's.
+    """SIGKILL in stage 2: finished steps are reused, stage 2 resumes, the weights equal an uninterrupted run's.
 
     Its two workers are killed with it: left alone, they may reach the end of so small a stage before Ray ends them.
     """
     driver = start_driver(tmp_path)
-    workers = freeze(work_of(tmp_path, "memory_pretraining"))
+    workers = freeze(work_of(tmp_path, "sft"))
     children = psutil.Process(driver.pid).children(recursive=True)
     assert {worker.pid for worker in workers} < {child.pid for child in children}
     for process in (driver, *workers):
@@ -49,7 +51,7 @@ def test_killed_driver_then_the_same_command(finished_pipeline: Path, tmp_path: 
     driver.communicate()
     # Ray's agents look for their raylet once a minute.
     wait_for(lambda: not any(is_alive(child) for child in children), "Ray's processes to end", 90)
-    done = run_driver(tmp_path)
+    done = run_driver(tmp_path, stages=STAGES)
     assert done.returncode == 0, done.stderr[-2000:]
     report = read_report(tmp_path)
     status = {step["name"]: step["status"] for step in report["steps"]}
@@ -58,13 +60,10 @@ def test_killed_driver_then_the_same_command(finished_pipeline: Path, tmp_path: 
         "tokenizer": "reused",
         "tokens": "reused",
         "pretraining": "reused",
-        "sft": "reused",
-        "memory_pretraining": "resumed",
-        "memory_aware": "made",
-        "mrl": "made",
+        "sft": "resumed",
         "evaluation": "made",
     }
-    assert weights_of(report) == weights_of(read_report(finished_pipeline))
+    assert weights_of(report, "sft") == weights_of(read_report(finished_pipeline), "sft")
 
 
 def test_killed_worker_is_replaced_and_the_result_is_the_same(finished_pipeline: Path, tmp_path: Path) -> None:
@@ -77,7 +76,7 @@ def test_killed_worker_is_replaced_and_the_result_is_the_same(finished_pipeline:
     assert driver.returncode == 0, out[-2000:] + err[-2000:]
     report = read_report(tmp_path)
     assert report["steps"][3]["status"] == "resumed"
-    assert weights_of(report) == weights_of(read_report(finished_pipeline))
+    assert weights_of(report, "sft") == weights_of(read_report(finished_pipeline), "sft")
     history = (Path(report["steps"][3]["artifact"]) / "history.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in history] == list(range(1, 11))
 
@@ -96,11 +95,11 @@ def test_stopped_driver_leaves_a_checkpoint(finished_pipeline: Path, tmp_path: P
     assert "the same command goes on from there" in err
     newest = checkpoints_in(work / "checkpoints")[-1]
     assert f"stopped as asked after step {int(newest.name[5:])} of 10" in err
-    done = run_driver(tmp_path)
+    done = run_driver(tmp_path, stages=STAGES)
     assert done.returncode == 0, done.stderr[-2000:]
     report = read_report(tmp_path)
     assert report["steps"][4]["status"] == "resumed"
-    assert weights_of(report) == weights_of(read_report(finished_pipeline))
+    assert weights_of(report, "sft") == weights_of(read_report(finished_pipeline), "sft")
 
 
 def is_alive(process: psutil.Process) -> bool:
