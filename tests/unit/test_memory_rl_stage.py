@@ -44,6 +44,13 @@ def with_old(model: ReactiveTransformer, experience: Experience, reference: bool
     return replace(experience, old=old, reference=old.clone() if reference else experience.reference)
 
 
+def taken_gradients(model: ReactiveTransformer) -> dict[str, Tensor]:
+    """What a backward pass has left, which the next one begins without."""
+    taken = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return taken
+
+
 def test_the_first_update_has_ratio_1_for_every_token_and_kl_0() -> None:
     """Old log-probabilities come from the update's own path (DESIGN 12), here with other rows beside each other."""
     model = world_model()
@@ -104,7 +111,7 @@ def test_answers_that_share_a_row_are_decoded_as_each_in_its_own(model: Reactive
     targets[:, :, 1:] = False
     lone = answered(model, replace(experience, targets=targets), ALL)
     firsts = [at for at, (_, _, number) in enumerate(found.place.tolist()) if number == 0]
-    assert float(lone.balance) == pytest.approx(float(sum(balance[at] for at in firsts)), abs=1e-4)
+    assert lone.balance.item() == pytest.approx(sum(balance[at].item() for at in firsts), abs=1e-4)
 
 
 def test_log_probabilities_are_those_that_the_sampler_drew_from() -> None:
@@ -200,8 +207,7 @@ def test_the_loss_and_its_gradient_are_the_same_over_any_split(world: int, micro
     stage = rl_stage(objective={"kind": "policy", "entropy_weight": 0.1}, balance_weight=0.1, memory_change_weight=0.1)
     whole = stage.loss(model, experience, ALL)
     whole.loss.backward()
-    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
+    expected = taken_gradients(model)
     reports = []
     for rank in range(world):
         for part in experience.shares(rank, world, micro):
@@ -211,10 +217,7 @@ def test_the_loss_and_its_gradient_are_the_same_over_any_split(world: int, micro
     assert float(total(reports).loss) == pytest.approx(float(whole.loss), abs=1e-6)
     for name, value in total(reports).metrics.items():
         assert float(value) == pytest.approx(float(whole.metrics[name]), abs=1e-5), name
-    for name, parameter in model.named_parameters():
-        if name in expected:
-            assert parameter.grad is not None
-            assert torch.allclose(parameter.grad, expected[name], atol=1e-6), name
+    torch.testing.assert_close(taken_gradients(model), expected, atol=1e-6, rtol=1e-5)
 
 
 def test_answers_without_an_advantage_can_be_left_out() -> None:
@@ -224,15 +227,11 @@ def test_answers_without_an_advantage_can_be_left_out() -> None:
     experience.advantages[:, :, 1] = 0.0
     stage = rl_stage()
     stage.loss(model, experience, ALL).loss.backward()
-    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
+    expected = taken_gradients(model)
     targets = experience.targets & (experience.advantages != 0)[..., None]
     assert targets.sum() < experience.targets.sum()
     stage.loss(model, replace(experience, targets=targets), ALL).loss.backward()
-    for name, parameter in model.named_parameters():
-        if name in expected:
-            assert parameter.grad is not None
-            assert torch.allclose(parameter.grad, expected[name], atol=1e-7), name
+    torch.testing.assert_close(taken_gradients(model), expected, atol=1e-7, rtol=1e-5)
 
 
 def test_equal_rewards_move_nothing() -> None:
