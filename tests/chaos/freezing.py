@@ -23,6 +23,11 @@ def freeze(work: Path, seconds: float = 240) -> list[psutil.Process]:
     """SIGSTOP a job's workers as soon as it has its first checkpoint; the workers by their ranks."""
     checkpoints = work / "checkpoints"
     wait_for(lambda: any(map(is_whole, checkpoints_in(checkpoints))), f"a checkpoint in {checkpoints}", seconds)
+    return hold(work)
+
+
+def hold(work: Path) -> list[psutil.Process]:
+    """SIGSTOP a job's workers now; the workers by their ranks."""
     places = sorted((work / "workers").glob("rank-*.json"))
     workers = [psutil.Process(json.loads(path.read_text())["pid"]) for path in places]
     for worker in workers:

@@ -16,7 +16,7 @@ from rxt_platform.errors import TrainingError
 from rxt_platform.orchestration import ray_jobs
 from rxt_platform.training.job import StageJob
 from tests.chaos.faulty import infect
-from tests.chaos.freezing import freeze, thaw, wait_for
+from tests.chaos.freezing import freeze, hold, thaw, wait_for
 from tests.support import BIN, Jobs, environment, make_jobs
 
 pytestmark = pytest.mark.chaos
@@ -141,18 +141,25 @@ def test_exception_on_one_worker_is_one_error_on_the_driver(
 def test_node_that_is_taken_away_is_left_with_a_checkpoint(
     new_jobs: NewJobs, straight_run: Jobs, cluster: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A drained node (spot instance): a checkpoint between the regular ones, and the job goes on elsewhere from it."""
+    """A drained node (spot instance): a checkpoint between the regular ones, and the job goes on elsewhere from it.
+
+    The workers are held while the command runs, so that it comes before their end on any machine.
+    """
     made, nodes = cluster
     monkeypatch.setenv("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
-    jobs, job = sft_job(new_jobs, straight_run, "stages.sft.epochs=30", "training.checkpoints.every=300")
+    settings = ["stages.sft.epochs=30", "training.checkpoints.every=300", "training.hang_seconds=90"]
+    jobs, job = sft_job(new_jobs, straight_run, *settings)
 
     def drain() -> None:
         wait_for(lambda: len(jobs.history(STAGE)) >= 20, "step 20", 240)
-        (worker, _) = sorted((job.work / "workers").glob("rank-*.json"))
-        busy = node_of(psutil.Process(json.loads(worker.read_text())["pid"]), nodes)
+        workers = hold(job.work)
+        busy = node_of(workers[0], nodes)
         command = [str(BIN / "ray"), "drain-node", "--address", made.address, "--node-id", busy.node_id]
         why = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "test", "--deadline-remaining-seconds"]
-        subprocess.run([*command, *why, "5"], env=environment(), check=True, capture_output=True, timeout=60)
+        try:
+            subprocess.run([*command, *why, "8"], env=environment(), check=True, capture_output=True, timeout=60)
+        finally:
+            thaw(workers)
 
     thread = threading.Thread(target=drain, daemon=True)
     thread.start()
