@@ -49,8 +49,6 @@ def test_killed_driver_then_the_same_command(finished_pipeline: Path, tmp_path: 
     for process in (driver, *workers):
         process.send_signal(signal.SIGKILL)
     driver.communicate()
-    # Ray's agents look for their raylet once a minute.
-    wait_for(lambda: not any(is_alive(child) for child in children), "Ray's processes to end", 90)
     done = run_driver(tmp_path, stages=STAGES)
     assert done.returncode == 0, done.stderr[-2000:]
     report = read_report(tmp_path)
@@ -64,6 +62,8 @@ def test_killed_driver_then_the_same_command(finished_pipeline: Path, tmp_path: 
         "evaluation": "made",
     }
     assert weights_of(report, "sft") == weights_of(read_report(finished_pipeline), "sft")
+    # Ray's agents look for their raylet once a minute.
+    wait_for(lambda: not any(is_alive(child) for child in children), "Ray's processes to end", 90)
 
 
 def test_killed_worker_is_replaced_and_the_result_is_the_same(finished_pipeline: Path, tmp_path: Path) -> None:
