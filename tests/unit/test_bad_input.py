@@ -102,7 +102,8 @@ def test_batch_larger_than_the_rows(capsys: pytest.CaptureFixture[str], storage:
 
 
 def test_schedule_that_would_never_end(capsys: pytest.CaptureFixture[str], storage: list[str]) -> None:
-    message = error_of(capsys, QUICKSTART, *storage, "stages.memory_aware.unfreeze_encoder=50")
+    settings = ["stages.memory_aware.epochs=1.5", "stages.memory_aware.unfreeze_encoder=50"]
+    message = error_of(capsys, QUICKSTART, *storage, *settings)
     assert "unfreeze_memory_attention + unfreeze_encoder takes 50.05 epochs, the stage has 1.5" in message
 
 
