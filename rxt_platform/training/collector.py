@@ -94,7 +94,7 @@ class Collector:
 
         They are those that the stage's config lists."""
         (batch,) = validation
-        share = batch.rows_at(torch.arange(self.rank, len(batch.rows), self.world))
+        share = batch.rows_at(torch.arange(len(batch.rows))[self.rank :: self.world])  # may be none
         with self.strategy.whole_model() as model:
             model.eval()
             try:

@@ -44,7 +44,8 @@ def _hidden(module: str) -> Iterator[None]:
     try:
         yield
     finally:
-        del sys.modules[module]
+        if sys.modules.get(module) is None:
+            sys.modules.pop(module, None)
 
 
 def start_process_group(use_gpu: bool, timeout: float) -> torch.device:
