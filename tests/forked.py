@@ -1,7 +1,8 @@
 """Training processes for tests, forked from one that has imported torch, DeepSpeed and the engine already.
 
-They run the same `__main__` in the same environment as `python -m rxt_platform.training` or torchrun would, each in a
-process of its own, without the ten seconds of imports. The tests of signals, and some others, start the real commands.
+They run the `__main__` of `python -m rxt_platform.training`, each in a process of its own, without the imports. What a
+fork hides: all have one hash seed, and MLflow is there. So the tests of signals, some kills and resumptions, and all
+that use Ray start the real commands.
 """
 
 import multiprocessing
@@ -17,6 +18,8 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Self
 
+import numpy as np
+
 _CONTEXT = multiprocessing.get_context("forkserver")
 _PRELOADED = ["deepspeed", "rxt_platform.training.__main__", "rxt_platform.training.engine"]
 _GRACE_SECONDS = 30  # from SIGTERM to SIGKILL of those that are left when one has failed, as torchrun's
@@ -27,18 +30,26 @@ class Forked:
 
     def __init__(self, target: str | Path, arguments: list[str], workers: int, env: dict[str, str], cwd: Path) -> None:
         self._target, self._command = target, [str(target), *arguments]
+        self._workers, self._env, self._cwd = workers, env, cwd
         self._folder = tempfile.TemporaryDirectory()
-        _serve(env)
-        if workers > 1:
-            env = {**env, "WORLD_SIZE": str(workers), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
         self.processes: list[ForkServerProcess] = []
-        for rank in range(workers):
-            ranked = {**env, "RANK": str(rank), "LOCAL_RANK": str(rank)} if workers > 1 else env
-            process = _CONTEXT.Process(target=_run, args=(target, self._command, ranked, cwd, self._output(rank)))
-            process.start()
-            self.processes.append(process)
 
     def __enter__(self) -> Self:
+        _serve(self._env)
+        port = str(_free_port())
+        ranks = [{"WORLD_SIZE": str(self._workers), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}] * self._workers
+        try:
+            for rank, shared in enumerate(ranks):
+                own = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} if self._workers > 1 else {}
+                arguments = (self._target, self._command, {**self._env, **own}, self._cwd, self._output(rank))
+                for stream in ("out", "err"):
+                    Path(f"{self._output(rank)}.{stream}").touch()
+                process = _CONTEXT.Process(target=_run, args=arguments)
+                process.start()
+                self.processes.append(process)
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -99,11 +110,12 @@ def _serve(env: dict[str, str]) -> None:
 def _run(target: str | Path, command: list[str], env: dict[str, str], cwd: Path, output: str) -> None:
     """The forked process: it becomes what `python target arguments` is."""
     for number, stream in ((1, "out"), (2, "err")):
-        os.dup2(os.open(f"{output}.{stream}", os.O_WRONLY | os.O_CREAT), number)
+        os.dup2(os.open(f"{output}.{stream}", os.O_WRONLY), number)
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)
     sys.argv = command
+    np.random.seed()  # the fork's would be that of all others
     if isinstance(target, Path):
         runpy.run_path(str(target), run_name="__main__")
     else:

@@ -105,6 +105,13 @@ class Jobs:
         with self.forked(stage, workers, script, *arguments) as process:
             return process.wait(300)
 
+    def run_command(self, stage: str, workers: int = 1) -> subprocess.CompletedProcess[str]:
+        """Run a stage to its end by the command that a user gives: a new interpreter, a hash seed of its own."""
+        command = self.command(stage, workers)
+        return subprocess.run(
+            command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+        )
+
     def run_and_kill(self, stage: str, step: int) -> None:
         """SIGKILL a stage's process as soon as it has logged `step`."""
         with self.forked(stage) as process:

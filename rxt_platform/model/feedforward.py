@@ -163,7 +163,8 @@ def balance_loss(probabilities: Tensor, chosen: Tensor, texts: Tensor, count: in
 
     `E * sum_e f_e * P_e` with f_e the share of the text's assignments that went to expert e and P_e its mean router
     probability; 1 when balanced, 0 for a text without tokens. Per text (a row, or a document of a packed row), not per
-    batch, so that it adds up over any split of the global batch and packing does not change it.
+    batch, so that it adds up over any split of the global batch and packing does not change it. Branches of a document
+    are one text with it.
     `probabilities` [N, E], `chosen` [N, k] and `texts` [N] belong to the N real tokens.
     """
     experts = probabilities.shape[1]

@@ -1,7 +1,8 @@
 """Sampled answers under a model: their tokens' log-probabilities over the memory that the episodes' writes led to.
 
 One forward for whole episodes, with gradient through the writes: a late answer's reward reaches the first write.
-A question's answers share a row: its memory and prompt are read once, and each answer goes on from there.
+A question's answers share a row: its memory and prompt are read once, and each answer goes on from there. The experts'
+balance is then that of the row, where the prompt counts once.
 """
 
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ from rxt_platform.rl.objective import Tokens
 from rxt_platform.stages.base import Phase
 from rxt_platform.stages.memory_pretraining import relative_change, squared_change
 from rxt_platform.stages.unroll import unrolled
+
+_WIDEST = 1024
+"""Tokens of a row that several answers share, at most: its attention is dense, that of an answer alone is not."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +110,7 @@ def answered(
         log_probs=log_probs,
         entropy=entropy,
         states=states,
-        balance=(decoded.balance[rows.documents.number[:, 0]] * rows.answers).sum() * real_rows,
+        balance=(decoded.balance[rows.texts] * rows.answers).sum() * real_rows,
         usage=decoded.usage * real_rows,
         moved=moved,
         relative=relative,
@@ -115,23 +119,24 @@ def answered(
 
 @dataclass(frozen=True)
 class _Rows:
-    """Answers of one question in one row: [BOS][Q]query[A], then each answer from there on. Q questions, A answers."""
+    """Answers of one question in a row: [BOS][Q]query[A], then each answer from there on. R rows, A answers."""
 
-    ids: Tensor  # [Q, W]
-    real: Tensor  # bool [Q, W]
-    documents: Documents  # each row is one, and each answer a branch of it
-    first: Tensor  # [Q], the first answer of a question
-    answers: Tensor  # [Q], how many it has
+    ids: Tensor  # [R, W]
+    real: Tensor  # bool [R, W]
+    documents: Documents | None  # each row is one, and each answer a branch of it; none where each has its own row
+    texts: Tensor  # [R], where the balance of each row is
+    first: Tensor  # [R], the first answer of a row
+    answers: Tensor  # [R], how many it has
     row: Tensor  # [A]
     column: Tensor  # [A, T], where each token of an answer's own row is
 
 
 def _rows(place: Tensor, ids: Tensor, targets: Tensor, real: Tensor) -> _Rows:
     """From answers [A, T] with their prompts, those of one question (`place`, episode and turn) one after the other."""
-    _, row, answers = place[:, :2].unique_consecutive(dim=0, return_inverse=True, return_counts=True)
-    first = answers.cumsum(0) - answers
     prompt = targets.int().argmax(dim=1).clamp(min=1)
     length = real.sum(dim=1) - prompt
+    row, answers = _rows_of_answers(place, prompt, length)
+    first = answers.cumsum(0) - answers
     before = length.cumsum(0) - length
     offset = before - before[first][row]
     step = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
@@ -145,12 +150,25 @@ def _rows(place: Tensor, ids: Tensor, targets: Tensor, real: Tensor) -> _Rows:
         made[at] = values[real]  # the prompt's tokens once for each answer, always the same
         return made
 
-    number = torch.arange(len(ids), device=ids.device)[:, None] + 1
-    there = spread(real, False)
+    there, number = spread(real, False), torch.arange(shape[0], device=ids.device)
+    if len(answers) == len(ids):
+        return _Rows(spread(ids, PAD), there, None, number, first, answers, row, column)
+    branch = torch.arange(len(ids), device=ids.device)[:, None] + 1
     documents = Documents(
-        2 * torch.arange(shape[0], device=ids.device)[:, None] + (~there).long(),
+        2 * number[:, None] + (~there).long(),
         spread(step, 0),
         2 * shape[0],
-        spread(torch.where(answer, number, 0), 0),
+        spread(torch.where(answer, branch, 0), 0),
     )
-    return _Rows(spread(ids, PAD), there, documents, first, answers, row, column)
+    return _Rows(spread(ids, PAD), there, documents, 2 * number, first, answers, row, column)
+
+
+def _rows_of_answers(place: Tensor, prompt: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
+    """The row of each answer [A], and how many each row has [R]: as many of one question as are not too wide."""
+    _, question, counts = place[:, :2].unique_consecutive(dim=0, return_inverse=True, return_counts=True)
+    number = torch.arange(len(place), device=place.device) - (counts.cumsum(0) - counts)[question]
+    longest = torch.zeros_like(counts).scatter_reduce(0, question, length, "amax")[question].clamp(min=1)
+    fit = ((_WIDEST - prompt) // longest).clamp(min=1)
+    rows = torch.stack([question, number // fit], dim=1)
+    _, row, answers = rows.unique_consecutive(dim=0, return_inverse=True, return_counts=True)
+    return row, answers

@@ -76,7 +76,7 @@ def refused(jobs: Jobs, workers: int = 1) -> str:
     started = time.monotonic()
     done = jobs.run(STAGE, workers)
     assert time.monotonic() - started < 60
-    assert done.returncode == (2 if workers == 1 else 1), done.stderr[-3000:]  # torchrun has a status of its own
+    assert done.returncode == (2 if workers == 1 else 1), done.stderr[-3000:]  # of several as torchrun's
     assert not jobs.jobs[STAGE].output.exists()
     assert "Traceback" not in done.stderr or workers > 1, done.stderr
     return next(line for line in done.stderr.splitlines() if line.startswith("error: "))

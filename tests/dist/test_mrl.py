@@ -87,12 +87,11 @@ def test_killed_run_ends_with_the_same_weights_and_the_same_episodes(tmp_path: P
     """Checkpoints are written between collections. The seed twice; and killed among the updates of a collection."""
     way = WAYS["several updates of a collection, KL"]
     straight, again, killed = (mrl_jobs(tmp_path / name, base, *way) for name in ("straight", "again", "killed"))
-    for jobs in (straight, again):
-        done = jobs.run(STAGE)
+    for done in (straight.run(STAGE), again.run_command(STAGE)):
         assert done.returncode == 0, done.stderr[-2000:]
     assert again.weights_sha256(STAGE) == straight.weights_sha256(STAGE)
     killed.run_and_kill(STAGE, step=10)
-    done = killed.run(STAGE)
+    done = killed.run_command(STAGE)
     assert done.returncode == 0, done.stderr[-2000:]
     resumed = read_manifest(killed.jobs[STAGE].output).metrics["resumed_from_step"]
     assert resumed >= 4
@@ -127,6 +126,18 @@ def test_the_critic_s_own_stage_gives_mrl_a_calibrated_one(tmp_path: Path, base:
     first, second = (load_file(path / "critic/model.safetensors") for path in (made, last))
     assert any((first[name] != second[name]).any() for name in first)
     assert jobs.history("mrl")[0]["critic_loss"] < jobs.history("critic")[0]["critic_loss"]
+
+
+def test_more_workers_than_held_out_conversations(tmp_path: Path, base: Path) -> None:
+    """Some have none to hold."""
+    few = ["stages.mrl.held_out=2", "stages.mrl.epochs=0.4"]
+    one, four = mrl_jobs(tmp_path / "one", base, *few), mrl_jobs(tmp_path / "four", base, *few)
+    for jobs, workers in ((one, 1), (four, 4)):
+        done = jobs.run(STAGE, workers)
+        assert done.returncode == 0, done.stderr[-2000:]
+    alone, shared = (read_manifest(jobs.jobs[STAGE].output).metrics for jobs in (one, four))
+    for name in ("reward_before", "greedy_reward_before"):
+        assert shared[name] == pytest.approx(alone[name], abs=1e-5)
 
 
 def test_a_stop_in_the_middle_of_a_collection_ends_after_it(tmp_path: Path, base: Path) -> None:

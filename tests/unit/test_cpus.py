@@ -29,6 +29,16 @@ def test_memory_of_freed_tensors_is_kept() -> None:
     assert int(done.stdout) < 4096
 
 
+def test_a_worker_starts_without_mlflow() -> None:
+    """Two seconds of each start; the worker can import it all the same."""
+    code = (
+        "import sys; from rxt_platform.training.distributed import start_process_group; start_process_group(False, 60)\n"
+        "assert 'deepspeed' in sys.modules and 'mlflow' not in sys.modules; import mlflow"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_module_that_is_not_wanted_can_t_be_imported_for_a_while() -> None:
     """DeepSpeed then does without it; what was imported before stays."""
     name = "this"

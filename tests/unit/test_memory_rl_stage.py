@@ -3,6 +3,7 @@
 import copy
 import itertools
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -13,11 +14,12 @@ from rxt_platform.config.model import HeadConfig
 from rxt_platform.config.mrl import CriticPretrainingConfig
 from rxt_platform.data.sampler import EpisodeSampler
 from rxt_platform.model.actor_critic import ActorCritic
-from rxt_platform.model.transformer import ReactiveTransformer
+from rxt_platform.model.transformer import Decoded, ReactiveTransformer
 from rxt_platform.rl.critic import state_ids
 from rxt_platform.rl.episodes import Experience, padded_states
 from rxt_platform.rl.preferences import better_and_worse, paired
 from rxt_platform.rl.rollouts import RolloutOptions, hold_episodes
+from rxt_platform.stages import answers
 from rxt_platform.stages.answers import answered
 from rxt_platform.stages.base import LossReport, Phase
 from rxt_platform.stages.build import sampling
@@ -72,14 +74,30 @@ def test_the_first_update_has_ratio_1_for_every_token_and_kl_0() -> None:
     assert float(report.metrics["clipped"]) == 0
 
 
+@pytest.mark.parametrize("widest", [1024, 120, 1], ids=["all", "some", "none"])
 @pytest.mark.parametrize("model", [world_model(), world_model(decoder=DENSE)], ids=["experts", "dense"])
-def test_answers_that_share_a_row_are_decoded_as_each_in_its_own(model: ReactiveTransformer) -> None:
+def test_answers_that_share_a_row_are_decoded_as_each_in_its_own(
+    model: ReactiveTransformer, widest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Log-probabilities, the balance of lone answers, and the gradient; some questions have fewer answers, or none."""
+    monkeypatch.setattr(answers, "_WIDEST", widest)
+    decode, widths = model.decode_states, list[tuple[int, int]]()
+
+    def noted(ids: Tensor, *rest: Tensor, **options: Any) -> Decoded:
+        widths.append((ids.shape[0], ids.shape[1]))
+        return decode(ids, *rest, **options)
+
+    monkeypatch.setattr(model, "decode_states", noted)
     experience = held(model, answers=4, count=3)
     targets = experience.targets.clone()
     targets[0, 1, 1:] = targets[1, 2] = targets[2, 1, 0] = targets[2, 3, 2] = False
     experience = replace(experience, targets=targets)
     found = answered(model, experience, ALL)
+    ((rows, width),) = widths
+    assert width <= max(widest, experience.ids.shape[-1])
+    number = int(targets.any(dim=-1).sum())
+    assert rows == {1024: int(targets.any(dim=-1).any(dim=-1).sum()), 1: number}.get(widest, rows)
+    assert widest != 120 or number / 4 < rows < number
     expected, balance = list[Tensor](), list[Tensor]()
     for row in range(3):
         written = experience.written
@@ -108,6 +126,8 @@ def test_answers_that_share_a_row_are_decoded_as_each_in_its_own(model: Reactive
         assert (mine is None) == (theirs is None)
         if mine is not None and theirs is not None:
             torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-3)
+    if widest == 1:
+        assert found.balance.item() == pytest.approx(sum(one.item() for one in balance), abs=1e-4)
     targets[:, :, 1:] = False
     lone = answered(model, replace(experience, targets=targets), ALL)
     firsts = [at for at, (_, _, number) in enumerate(found.place.tolist()) if number == 0]
