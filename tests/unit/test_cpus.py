@@ -32,7 +32,7 @@ def test_memory_of_freed_tensors_is_kept() -> None:
 def test_a_worker_starts_without_mlflow() -> None:
     """Two seconds of each start; the worker can import it all the same."""
     code = (
-        "import sys; from rxt_platform.training.distributed import start_process_group; start_process_group(False, 60)\n"
+        "import sys; from rxt_platform.training.distributed import start_process_group as start; start(False, 60)\n"
         "assert 'deepspeed' in sys.modules and 'mlflow' not in sys.modules; import mlflow"
     )
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
