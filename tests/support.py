@@ -35,6 +35,7 @@ SMALL = [
     "model.memory.slots=8",
     "model.encoder.feed_forward_size=48",
     "model.decoder.experts.size=32",
+    "resources.workers=2",
     "evaluation.conversations=16",
     "evaluation.samples=1",
     "training.checkpoints.every=3",
