@@ -27,7 +27,7 @@ STAGES = ("pretraining", "sft", "memory_pretraining", "memory_aware")
 STEPS = 20
 LARGEST = {"fp32": 1e-5, "bf16": 2e-2}
 OVERRIDES = [
-    *(f"data.{kind}.train_rows=640" for kind in ("texts", "interactions", "conversations")),
+    *(f"data.{kind}.train_rows=640" for kind in ("texts", "interactions", "conversations.0")),
     *(f"stages.{stage}.{field}" for stage in STAGES for field in ("epochs=1", "global_batch_size=32")),
     "stages.memory_aware.curriculum=[{turns: 2, epochs: 0.3}]",
     "stages.memory_aware.unfreeze_memory_attention=0.2",

@@ -42,8 +42,14 @@ from rxt_platform.training.job import StageJob
 CONFIG = Path(__file__).parents[1] / "pipelines/configs/quickstart.yaml"
 STAGES = ("pretraining", "sft", "memory_pretraining", "memory_aware")
 SMALL = [
-    *(f"data.{kind}.train_rows=1280" for kind in ("texts", "interactions", "conversations")),
-    *("model.hidden_size=64", "model.memory.slots=16", "training.log_every=1", "training.log_rows=true"),
+    *(f"data.{kind}.train_rows=1280" for kind in ("texts", "interactions", "conversations.0")),
+    *(
+        "resources.workers=2",
+        "model.hidden_size=64",
+        "model.memory.slots=16",
+        "training.log_every=1",
+        "training.log_rows=true",
+    ),
     *("training.checkpoints.every=5", "stages.memory_aware.curriculum=[{turns: 2, epochs: 0.3}]"),
     *("stages.memory_aware.unfreeze_memory_attention=0.2", "stages.memory_aware.unfreeze_encoder=0.2"),
 ]
@@ -235,7 +241,7 @@ def main(stages: str, seed: int, steps: int, drive: Path | None) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     if drive is not None:
         job = StageJob.model_validate_json(drive.read_text())
-        config = load_run(CONFIG, [])
+        config = load_run(CONFIG, ["resources.workers=2"])
         with ray_here(config):
             ray_jobs.train(job, config.resources)
         return

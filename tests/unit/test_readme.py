@@ -18,7 +18,7 @@ from rxt_platform.evaluation import evaluate
 from tests.support import ROOT
 
 RUN_BY = {
-    "make quickstart": "dist/test_cluster.py runs its config; .ci/run sets up as it does",
+    "make quickstart": "dist/test_cluster.py runs its config with half of the steps; .ci/run sets up as it does",
     ".venv/bin/rxt chat": "dist/test_pipeline.py::test_chat_shows_when_memory_is_written",
     ".venv/bin/rxt plan": "dist/test_pipeline.py::test_plan_starts_nothing",
     ".venv/bin/rxt run pipelines/configs/quickstart.yaml": "dist/test_cluster.py, unit/test_bad_input.py",
