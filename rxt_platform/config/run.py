@@ -34,7 +34,7 @@ class ResourcesConfig(Spec):
 class EvaluationConfig(Spec):
     """What is measured at the end, on held-out conversations."""
 
-    conversations: int = Field(200, gt=0, description="held-out conversations, at most")
+    conversations: int = Field(200, gt=0, description="held-out conversations, at most, of all sources")
     samples: int = Field(3, ge=0, description="conversations whose answers are shown in the report")
     free_running: bool = Field(True, description="also measure with the model's own answers written into its memory")
     latency_conversations: int = Field(4, ge=0, description="conversations that are timed, one by one")

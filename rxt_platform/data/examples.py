@@ -91,6 +91,12 @@ class ExampleSet(Sequence[Example]):
         return f"row {index}"
 
 
+def evenly(count: int, most: int) -> list[int]:
+    """At most so many of `count` rows, evenly spaced, so that each source among them has its part."""
+    taken = min(count, most)
+    return [place * count // taken for place in range(taken)]
+
+
 class Selected(ExampleSet):
     """Some rows of a set, each cut to its first `turns` turns."""
 

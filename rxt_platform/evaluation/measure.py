@@ -1,14 +1,13 @@
 """Everything that is measured at the end of a run: its last model on held-out conversations, and what it is beside."""
 
 from collections.abc import Mapping
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from rxt_platform.config.data import Section
 from rxt_platform.config.run import EvaluationConfig
 from rxt_platform.data.corpus import read_conversations
-from rxt_platform.data.examples import TooLong
+from rxt_platform.data.examples import TooLong, evenly
 from rxt_platform.data.shards import TokenShards
 from rxt_platform.evaluation.baselines import count_baselines
 from rxt_platform.evaluation.evaluate import evaluate
@@ -30,7 +29,8 @@ def measure(
     """An `Evaluation` of the model; `baseline`, one of the stateless baseline on the same tokens (None without one);
     `baselines`, the counting ones of the stages in `sections`."""
     model, tokenizer = load_model(model_directory)
-    talks = list(islice(read_conversations(corpus, "validation"), settings.conversations))
+    held_out_talks = list(read_conversations(corpus, "validation"))
+    talks = [held_out_talks[place] for place in evenly(len(held_out_talks), settings.conversations)]
     measured = evaluate(model, tokenizer, talks, settings, seed, too_long=too_long)
     baseline = None
     if baseline_directory is not None:
@@ -39,5 +39,6 @@ def measure(
     baselines = {}
     for name, section in sections.items():
         train, held_out = (TokenShards(tokens, section, split) for split in ("train", "validation"))
-        baselines[name] = count_baselines(train, held_out[:_BASELINE_ROWS], model.config.vocab_size)
+        rows = [held_out[place] for place in evenly(len(held_out), _BASELINE_ROWS)]
+        baselines[name] = count_baselines(train, rows, model.config.vocab_size)
     return {**measured, "baseline": baseline, "baselines": baselines}

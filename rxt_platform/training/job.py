@@ -24,7 +24,7 @@ from rxt_platform.config.mrl import EpisodeConfig, MemoryRLConfig, PolicyObjecti
 from rxt_platform.config.stages import StageConfig
 from rxt_platform.config.training import TrainingConfig
 from rxt_platform.data.batches import Batch, collate, derive_seed
-from rxt_platform.data.examples import Example, ExampleSet, RowEncoder, TooLong
+from rxt_platform.data.examples import Example, ExampleSet, RowEncoder, TooLong, evenly
 from rxt_platform.data.shards import TokenShards
 from rxt_platform.data.sources import SPLITS
 from rxt_platform.data.tokenizer import RxtTokenizer
@@ -208,23 +208,24 @@ def _reference(job: StageJob) -> ReactiveTransformer | None:
 
 
 def validation_batches(examples: Sequence[Example], config: StageConfig) -> list[Batch]:
-    """The same held-out rows for every run and every worker: the first 256, in order, read as the stage reads rows.
+    """The same held-out rows for every run and every worker: 256, of all sources, read as the stage reads rows.
 
     Stages of episodes hold as many conversations as they say, in one batch.
     """
     if isinstance(config, EpisodeConfig):
-        indices = range(min(len(examples), config.held_out))
-        seeds = [derive_seed("validation", index) for index in indices]
-        return [collate([examples[index] for index in indices], seeds, indices)]
-    rows = examples[:_VALIDATION_ROWS]
+        chosen = evenly(len(examples), config.held_out)
+        seeds = [derive_seed("validation", index) for index in chosen]
+        return [collate([examples[index] for index in chosen], seeds, chosen)]
+    chosen = evenly(len(examples), _VALIDATION_ROWS)
+    rows = [examples[index] for index in chosen]
     if not system_prompts(config):
         rows = [row.without_opening() for row in rows]
     hidden = mask_probability(config)
     batches = []
     for start in range(0, len(rows), _VALIDATION_BATCH):
-        indices = range(start, min(start + _VALIDATION_BATCH, len(rows)))
-        seeds = [derive_seed("validation", index) for index in indices]
-        batches.append(collate([rows[index] for index in indices], seeds, indices, hidden))
+        end = start + _VALIDATION_BATCH
+        seeds = [derive_seed("validation", index) for index in chosen[start:end]]
+        batches.append(collate(rows[start:end], seeds, chosen[start:end], hidden))
     return batches
 
 

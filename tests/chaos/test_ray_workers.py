@@ -143,11 +143,12 @@ def test_node_that_is_taken_away_is_left_with_a_checkpoint(
 ) -> None:
     """A drained node (spot instance): a checkpoint between the regular ones, and the job goes on elsewhere from it.
 
-    The workers are held while the command runs, so that it comes before their end on any machine.
+    The workers are held while the command runs, and from that checkpoint to the node's end, so that both come before
+    the workers' end on any machine.
     """
     made, nodes = cluster
     monkeypatch.setenv("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
-    settings = ["stages.sft.epochs=30", "training.checkpoints.every=300", "training.hang_seconds=90"]
+    settings = ["stages.sft.epochs=40", "training.checkpoints.every=400", "training.hang_seconds=90"]
     jobs, job = sft_job(new_jobs, straight_run, *settings)
 
     def drain() -> None:
@@ -157,13 +158,17 @@ def test_node_that_is_taken_away_is_left_with_a_checkpoint(
         command = [str(BIN / "ray"), "drain-node", "--address", made.address, "--node-id", busy.node_id]
         why = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "test", "--deadline-remaining-seconds"]
         try:
-            subprocess.run([*command, *why, "8"], env=environment(), check=True, capture_output=True, timeout=60)
+            subprocess.run([*command, *why, "300"], env=environment(), check=True, capture_output=True, timeout=60)
         finally:
             thaw(workers)
+        workers = freeze(job.work)
+        made.remove_node(busy, allow_graceful=False)
+        workers[0].kill()
+        thaw(workers[1:])
 
     thread = threading.Thread(target=drain, daemon=True)
     thread.start()
     metrics = ray_jobs.train(job, jobs.config.resources)
     thread.join(timeout=5)
     assert metrics["resumed_from_step"] > 0
-    assert metrics["resumed_from_step"] % 300
+    assert metrics["resumed_from_step"] % 400

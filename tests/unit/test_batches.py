@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rxt_platform.data.batches import Batch, collate, derive_seed
-from rxt_platform.data.examples import Example, ExampleSet, windows
+from rxt_platform.data.examples import Example, ExampleSet, evenly, windows
 from rxt_platform.data.prefetch import prefetched
 from rxt_platform.data.sampler import BatchSampler
 from rxt_platform.data.tokenizer import ANSWER, BOS, EOS, PAD
@@ -417,3 +417,10 @@ def test_prefetching_stops_with_its_block_and_runs_only_a_little_ahead() -> None
         time.sleep(0.3)
     assert len(made) <= 6
     assert not [thread for thread in threading.enumerate() if thread.name == "prefetch"]
+
+
+def test_rows_for_a_measurement_are_taken_evenly_from_all() -> None:
+    assert evenly(3, 5) == [0, 1, 2]
+    assert evenly(0, 5) == []
+    assert evenly(400, 4) == [0, 100, 200, 300]
+    assert evenly(7, 3) == [0, 2, 4]
