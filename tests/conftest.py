@@ -14,6 +14,14 @@ from tests.support import STAGES, Jobs, make_jobs, run_driver
 torch.set_num_threads(1)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of two pytest processes, one runs all of a file; and one all that share the small pipeline or watch a Ray."""
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.path.name))
+
+
 @pytest.fixture(scope="session")
 def straight_run(tmp_path_factory: pytest.TempPathFactory) -> Jobs:
     """All four stages run to their end by one worker without Ray, uninterrupted."""

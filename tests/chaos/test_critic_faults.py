@@ -27,7 +27,7 @@ from tests.dist.test_cluster import free_port
 from tests.dist.test_critic_service import critic, replicas, values_of
 from tests.unit.helpers import rows_of
 
-pytestmark = pytest.mark.chaos
+pytestmark = [pytest.mark.chaos, pytest.mark.xdist_group("pipeline")]
 
 TOKEN = "a-token-of-a-test-0123456789"
 QUEUED = 3

@@ -91,6 +91,7 @@ def test_quickstart_as_a_ray_job_ends_with_a_memory_that_works(tmp_path: Path) -
     assert report["answer_tokens"]["loss"] < report["memory_reset"]["loss"]
 
 
+@pytest.mark.xdist_group("pipeline")
 def test_mlflow_page_opens_on_a_run(finished_pipeline: Path) -> None:
     port = free_port()
     command = [

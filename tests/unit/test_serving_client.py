@@ -260,7 +260,7 @@ def test_a_call_ends_at_its_deadline_and_says_why() -> None:
     started = time.monotonic()
     with pytest.raises(RewardError, match=r"after \d+ attempts: given up after 0.7 s; the last reason: 503 busy"):
         made.client.values([[1]], 0)
-    assert time.monotonic() - started < 1.5
+    assert time.monotonic() - started < 4
     assert len(made.requests) >= 2
 
 
@@ -339,7 +339,7 @@ def test_a_server_that_drips_is_given_up_at_the_attempt_s_deadline(server: Threa
     started = time.monotonic()
     with pytest.raises(RewardError, match=r"given up after 1 s; the last reason: (no whole answer within|ReadTimeout)"):
         client_of(server, deadline_s=1.0, attempt_s=0.4).values([[1]], 0)
-    assert time.monotonic() - started < 2.5
+    assert time.monotonic() - started < 6
 
 
 def test_a_connection_that_is_cut_is_tried_again(server: ThreadingHTTPServer, monkeypatch: pytest.MonkeyPatch) -> None:

