@@ -3,6 +3,7 @@
 import copy
 from typing import Any
 
+import numpy as np
 import pytest
 from matplotlib.container import BarContainer, ErrorbarContainer
 from matplotlib.figure import Figure
@@ -114,3 +115,16 @@ def test_the_baseline_is_drawn_beside_the_model() -> None:
     assert curves(times) == {"with memory": ([1, 2], [12.34, 13.0]), "stateless": ([1, 2], [50.0, 50.0])}
     untimed = {**REPORT, "baseline": {**baseline, "latency": []}}
     assert len(drawn(pictures.draw_comparison, untimed).axes) == 1
+
+
+def test_a_curve_ends_without_the_jump_of_a_single_batch() -> None:
+    def curve(*means: tuple[int, float]) -> list[list[float]]:
+        history = [{"step": step, "loss": loss} for step, loss in means]
+        (line,) = drawn(pictures.draw_losses, {"sft": history}).axes[0].lines
+        return np.asarray(line.get_xydata()).tolist()
+
+    before = [(10, 3.0), (20, 2.0)]
+    assert curve(*before, (22, 8.0)) == [[10, 3.0], [22, 3.0]], "the mean of twelve steps"
+    assert curve(*before, (26, 8.0)) == [[10, 3.0], [20, 2.0], [26, 8.0]]
+    assert curve(*before) == [[10, 3.0], [20, 2.0]]
+    assert curve(before[0]) == [[10, 3.0]]

@@ -3,6 +3,7 @@
 import io
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -52,7 +53,7 @@ def draw_losses(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> bytes
             _say(axes, "no steps recorded")
             continue
         what = next(name for name in ("loss", "reward", "critic_loss") if name in history[0])
-        steps, losses = [row["step"] for row in history], [row[what] for row in history]
+        steps, losses = _curve(history, what)
         axes.plot(steps, losses, color=_MEMORY_COLOUR, linewidth=1.2, marker="o" if len(steps) == 1 else None)
         axes.set_xlim(0, max(1, steps[-1]) * 1.03)
         axes.set_xlabel("step")
@@ -61,6 +62,17 @@ def draw_losses(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> bytes
         axes.yaxis.set_major_locator(MaxNLocator(5))
         _tidy(axes)
     return _png(figure)
+
+
+def _curve(history: Sequence[Mapping[str, float]], what: str) -> tuple[list[float], list[float]]:
+    """Steps and means of the steps up to each. A few last ones are pooled with those before: one batch's mean at the
+    end would look like a jump."""
+    steps, means = [row["step"] for row in history], [row[what] for row in history]
+    spans = [later - earlier for earlier, later in pairwise([0, *steps])]
+    if len(steps) > 1 and spans[-1] < spans[-2] / 2:
+        last = (means[-2] * spans[-2] + means[-1] * spans[-1]) / (spans[-2] + spans[-1])
+        steps, means = [*steps[:-2], steps[-1]], [*means[:-2], last]
+    return steps, means
 
 
 def draw_recall(result: Result) -> bytes:
