@@ -36,7 +36,7 @@ quickstart: $(STAMP)  ## train a tiny model through the whole pipeline; prints i
 	echo "quickstart: install $$((installed - $(STARTED))) s, run $$(($$(date +%s) - installed)) s"
 
 test: $(STAMP)  ## run the tests, e.g. make test ARGS="tests/unit -k memory"
-	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder $(ARGS)
+	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder $(ARGS)
 
 lint: $(STAMP)  ## style, formatting, types, and the import walls between rooms
 	$(VENV)/bin/ruff check .

@@ -3,23 +3,36 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from xdist.scheduler import LoadScopeScheduling
 
 from tests.support import STAGES, Jobs, make_jobs, run_driver
 
 torch.set_num_threads(1)
 
+_TOGETHER = {
+    *("test_critic_faults", "test_critic_service", "test_killed", "test_mlflow_page", "test_mrl"),
+    *("test_pipeline", "test_ray_workers", "test_readme_code"),
+}
+"""Files that share the finished pipeline, or whose tests watch a Ray."""
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of two pytest processes, one runs all of a file; and one all that share the small pipeline or watch a Ray."""
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(item.path.name))
+
+class _ByFile(LoadScopeScheduling):  # type: ignore[misc]
+    """A file's tests run in one process; those of the files above in the same."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = Path(nodeid.split("::")[0])
+        return "together" if file.stem in _TOGETHER else file.as_posix()
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+    """Which tests share a process, where `make test` starts several."""
+    return _ByFile(config, log)
 
 
 @pytest.fixture(scope="session")

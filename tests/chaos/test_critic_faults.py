@@ -23,11 +23,11 @@ from rxt_platform.rl import versions
 from rxt_platform.serving.client import CriticClient, HandleClient, HttpClient
 from rxt_platform.serving.deploy import Deployment, deploy, undeploy
 from tests.chaos.freezing import wait_for
-from tests.dist.test_cluster import free_port
+from tests.dist.services import free_port
 from tests.dist.test_critic_service import critic, replicas, values_of
 from tests.unit.helpers import rows_of
 
-pytestmark = [pytest.mark.chaos, pytest.mark.xdist_group("pipeline")]
+pytestmark = pytest.mark.chaos
 
 TOKEN = "a-token-of-a-test-0123456789"
 QUEUED = 3

@@ -14,7 +14,7 @@ from rxt_platform.training.job import STOP
 from tests.chaos.freezing import freeze, thaw, wait_for
 from tests.support import driver_command, environment, read_report, run_driver, small_run, weights_of
 
-pytestmark = [pytest.mark.chaos, pytest.mark.xdist_group("pipeline")]
+pytestmark = pytest.mark.chaos
 
 STAGES = ("pretraining", "sft")
 

@@ -19,7 +19,7 @@ from tests.chaos.faulty import infect
 from tests.chaos.freezing import freeze, hold, thaw, wait_for
 from tests.support import BIN, Jobs, environment, make_jobs
 
-pytestmark = [pytest.mark.chaos, pytest.mark.xdist_group("pipeline")]
+pytestmark = pytest.mark.chaos
 
 STAGE = "sft"
 NewJobs = Callable[..., Jobs]

@@ -1,57 +1,15 @@
-"""The ways in that the README shows beside the quickstart: a job on a Ray cluster, and MLflow's page."""
+"""The way in that the README shows beside the quickstart: a job on a Ray cluster."""
 
-import os
 import re
-import signal
-import socket
 import subprocess
-import time
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
+from tests.dist.services import free_port, service
 from tests.support import BIN, ROOT, environment, read_report
 
 pytestmark = pytest.mark.dist
-
-
-def free_port() -> int:
-    """A port below those that Ray gives to its workers."""
-    while True:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = int(probe.getsockname()[1])
-        if port > 20_000:
-            return port
-
-
-@contextmanager
-def service(command: list[str], ready: str, seconds: float = 90) -> Iterator[None]:
-    """A server process in a group of its own, waited for at an URL, and ended with everything that it started."""
-    process = subprocess.Popen(
-        command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
-    try:
-        deadline = time.monotonic() + seconds
-        while True:
-            with suppress(OSError), urllib.request.urlopen(ready, timeout=5) as answer:
-                assert answer.status == 200
-                break
-            assert process.poll() is None, f"{command[0]} ended with {process.returncode}"
-            assert time.monotonic() < deadline, f"waited {seconds} s for {ready}"
-            time.sleep(0.5)
-        yield
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
 
 SHORTER = [
     "stages.sft.epochs=0.8",
@@ -89,15 +47,3 @@ def test_quickstart_as_a_ray_job_ends_with_a_memory_that_works(tmp_path: Path) -
     assert report["recall"]["1"]["gain"] >= 0.2
     assert report["recall_overall"]["gain"] >= 0.1
     assert report["answer_tokens"]["loss"] < report["memory_reset"]["loss"]
-
-
-@pytest.mark.xdist_group("pipeline")
-def test_mlflow_page_opens_on_a_run(finished_pipeline: Path) -> None:
-    port = free_port()
-    command = [
-        *(str(BIN / "mlflow"), "ui", "--backend-store-uri", f"sqlite:///{finished_pipeline / 'mlflow.db'}"),
-        *("--port", str(port)),
-    ]
-    with service(command, f"http://127.0.0.1:{port}/health"):
-        page = urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=10).read().decode()
-    assert "<title>MLflow</title>" in page

@@ -35,11 +35,11 @@ from rxt_platform.rl import versions
 from rxt_platform.rl.rewards import HashedEmbedding, ScoredTurn, score_conversations
 from rxt_platform.serving.client import CriticClient, HandleClient, HttpClient
 from rxt_platform.serving.deploy import Deployment, deploy, undeploy
-from tests.dist.test_cluster import free_port
+from tests.dist.services import free_port
 from tests.support import BIN, ROOT, environment
 from tests.unit.helpers import padded, rows_of, tiny_config, word_tokenizer
 
-pytestmark = [pytest.mark.dist, pytest.mark.xdist_group("pipeline")]
+pytestmark = pytest.mark.dist
 
 CONFIG = tiny_config(vocab_size=300, max_length=64)
 TOKEN = "a-token-of-a-test-0123456789"

@@ -15,7 +15,7 @@ from rxt_platform.training.checkpoints import newest_complete
 from rxt_platform.training.job import StageJob
 from tests.support import ROOT, SMALL, Jobs, make_jobs_of, run_driver
 
-pytestmark = [pytest.mark.dist, pytest.mark.xdist_group("pipeline")]
+pytestmark = pytest.mark.dist
 
 STAGE = "mrl"
 CRITIC = [

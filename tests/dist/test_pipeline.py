@@ -16,7 +16,7 @@ from rxt_platform.orchestration.steps import only_holder
 from rxt_platform.storage.directory import verify_directory
 from tests.support import ALL_STAGES, ROOT, SMALL, environment, read_report, run_driver, small_run, weights_of
 
-pytestmark = [pytest.mark.dist, pytest.mark.xdist_group("pipeline")]
+pytestmark = pytest.mark.dist
 
 
 def test_report_holds_what_was_measured(finished_pipeline: Path) -> None:

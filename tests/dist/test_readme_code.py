@@ -9,7 +9,7 @@ import pytest
 
 from tests.support import ROOT, environment
 
-pytestmark = [pytest.mark.dist, pytest.mark.xdist_group("pipeline")]
+pytestmark = pytest.mark.dist
 
 
 def blocks() -> list[str]:

@@ -30,7 +30,7 @@ RUN_BY = {
     ".venv/bin/rxt serve critic": "dist/test_critic_service.py",
     ".venv/bin/rxt models": "dist/test_pipeline.py::test_models_lists_exact_counts",
     ".venv/bin/rxt data": "unit/test_data_inspect.py, unit/test_data_validate.py, unit/test_data_build.py",
-    ".venv/bin/mlflow ui": "dist/test_cluster.py::test_mlflow_page_opens_on_a_run",
+    ".venv/bin/mlflow ui": "dist/test_mlflow_page.py",
     "ray start": "dist/test_cluster.py::test_quickstart_as_a_ray_job_ends_with_a_memory_that_works",
     "ray job submit": "dist/test_cluster.py::test_quickstart_as_a_ray_job_ends_with_a_memory_that_works",
     "make test": ".ci/run",

@@ -1,0 +1,47 @@
+"""Servers that tests start as a user does."""
+
+import os
+import signal
+import socket
+import subprocess
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from tests.support import environment
+
+
+def free_port() -> int:
+    """A port below those that Ray gives to its workers."""
+    while True:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = int(probe.getsockname()[1])
+        if port > 20_000:
+            return port
+
+
+@contextmanager
+def service(command: list[str], ready: str, seconds: float = 90) -> Iterator[None]:
+    """A server process in a group of its own, waited for at an URL, and ended with everything that it started."""
+    process = subprocess.Popen(
+        command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    try:
+        deadline = time.monotonic() + seconds
+        while True:
+            with suppress(OSError), urllib.request.urlopen(ready, timeout=5) as answer:
+                assert answer.status == 200
+                break
+            assert process.poll() is None, f"{command[0]} ended with {process.returncode}"
+            assert time.monotonic() < deadline, f"waited {seconds} s for {ready}"
+            time.sleep(0.5)
+        yield
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
