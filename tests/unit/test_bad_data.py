@@ -218,7 +218,7 @@ BAD_INPUT: list[tuple[str, str, bytes | None, str]] = [
     (
         "torn gzip",
         "texts-torn.jsonl.gz",
-        gzip.compress(lines_of({"text": f"good story {i}"} for i in range(1000)).encode())[:-500],
+        gzip.compress(lines_of({"text": f"good story {i}"} for i in range(1000)).encode(), mtime=0)[:-500],
         ": the compressed data is damaged or torn",
     ),
     (
@@ -230,7 +230,7 @@ BAD_INPUT: list[tuple[str, str, bytes | None, str]] = [
     (
         "gzip data in a file that does not say so",
         "texts-plain.jsonl",
-        gzip.compress(lines_of(GOOD["texts"]).encode()),
+        gzip.compress(lines_of(GOOD["texts"]).encode(), mtime=0),
         ": gzip data, not text: let the file's name end with .gz",
     ),
     (

@@ -427,7 +427,7 @@ def test_a_file_that_can_not_be_opened_is_an_error(tmp_path: Path, name: str) ->
         (b'{\n  "a": 1\n}\n', "an object over several lines; write one object a line"),
         ("{}".encode("utf-16"), "UTF-16 text: convert it to UTF-8"),
         (b"\xfe\xff" + "{}".encode("utf-16-be"), "UTF-16 text: convert it to UTF-8"),
-        (gzip.compress(b"{}"), "gzip data, not text: let the file's name end with .gz"),
+        (gzip.compress(b"{}", mtime=0), "gzip data, not text: let the file's name end with .gz"),
         (b"PAR1....PAR1", "Parquet, not text: let the file's name end with .parquet"),
     ],
 )
