@@ -1,4 +1,4 @@
-"""`rxt`: run, plan, eval, chat, models, and the group `data` of `cli_data.py`.
+"""`rxt`: run, plan, eval, chat, models, and the groups of the other `cli_*.py`.
 
 Thin: every command is a function of a lower floor, imported when needed.
 """
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from rxt_platform.cli_artifacts import artifacts
 from rxt_platform.cli_data import data
 from rxt_platform.cli_eval import evaluate, use_threads
 from rxt_platform.cli_serve import serve
@@ -178,6 +179,7 @@ def models(as_json: bool) -> None:
 rxt.add_command(evaluate)
 rxt.add_command(data)
 rxt.add_command(serve)
+rxt.add_command(artifacts)
 
 
 def _load(config: str, overrides: tuple[str, ...]) -> "RunConfig":

@@ -21,9 +21,10 @@ from rxt_platform.orchestration import ray_jobs
 from rxt_platform.orchestration.plan import Step, build_plan
 from rxt_platform.orchestration.prepare import prepare
 from rxt_platform.orchestration.runner import data_report
-from rxt_platform.orchestration.steps import only_holder
+from rxt_platform.orchestration.store import record_plan
 from rxt_platform.stages.build import sampling, stage_rows
 from rxt_platform.stages.unroll import turn_groups
+from rxt_platform.storage.locks import only_holder, using
 from rxt_platform.tables import Table, text_table
 from rxt_platform.training.engine import forward_rows
 
@@ -44,7 +45,8 @@ def build_data(config: RunConfig) -> dict[str, Any]:
         raise ArtifactError(
             f"{storage}: cannot be made: {error}: set 'storage' to a folder that can be written"
         ) from None
-    with only_holder(storage / "work" / f"run.{config.name}.lock"):
+    with only_holder(storage / "work" / f"run.{config.name}.lock"), using(storage):
+        record_plan(storage / config.name, [step.artifact for step in plan])
         try:
             prepared = prepare(config, plan, lambda: connected.append(ray_jobs.connect(config.resources)))
         finally:

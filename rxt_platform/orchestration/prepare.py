@@ -15,9 +15,10 @@ from rxt_platform.errors import ConfigError
 from rxt_platform.model.files import TOKENIZER
 from rxt_platform.orchestration import ray_jobs
 from rxt_platform.orchestration.plan import PREPARED, Step
-from rxt_platform.orchestration.steps import commit_step, only_holder, remove_leftovers
+from rxt_platform.orchestration.steps import commit_step, remove_leftovers
 from rxt_platform.orchestration.tokens import check_stages, make_tokens, needs_workers
 from rxt_platform.storage.directory import Manifest, read_manifest, verify_directory
+from rxt_platform.storage.locks import only_holder
 
 FERTILITY = "fertility.json"
 

@@ -32,10 +32,12 @@ from rxt_platform.orchestration.plan import (
 )
 from rxt_platform.orchestration.prepare import FERTILITY, prepare
 from rxt_platform.orchestration.progress import Console, HistoryFollower
-from rxt_platform.orchestration.steps import only_holder, remove_leftovers, stage_job
+from rxt_platform.orchestration.steps import remove_leftovers, stage_job
 from rxt_platform.orchestration.stopping import Stopper
+from rxt_platform.orchestration.store import record_plan
 from rxt_platform.orchestration.tracking import Tracker
 from rxt_platform.storage.directory import Manifest, verify_directory
+from rxt_platform.storage.locks import only_holder, using
 from rxt_platform.training.job import HISTORY
 
 logger = logging.getLogger(__name__)
@@ -94,7 +96,9 @@ def run_pipeline(config: RunConfig, console: Console | None = None) -> Report:
             f"{folder}: cannot be made: {error}: set 'storage' to a folder that can be written"
         ) from None
     run = _Run(config, folder, console or Console(), Tracker(config.tracking, storage))
-    with only_holder(storage / "work" / f"run.{config.name}.lock"), run.stopper.listening():
+    mine = storage / "work" / f"run.{config.name}.lock"
+    with only_holder(mine), using(storage), run.stopper.listening():
+        record_plan(folder, [step.artifact for step in plan])
         if in_temporary_copy():
             run.console.line(f"storage  {storage} (the job's working directory is a temporary copy)")
         for step in plan:

@@ -1,17 +1,13 @@
-"""What the steps of a plan share: who may make one, their artifact's folder, and a training step as a job."""
+"""What the steps of a plan share: their artifact's folder, and a training step as a job."""
 
-import fcntl
-import os
-import platform
 import shutil
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from rxt_platform.config.model import ModelConfig
 from rxt_platform.config.run import RunConfig
-from rxt_platform.errors import BusyError, ConfigError
+from rxt_platform.errors import ConfigError
 from rxt_platform.orchestration.plan import ARTIFACT_KIND, Step
 from rxt_platform.storage.directory import Provenance, commit_directory
 from rxt_platform.training.job import StageJob
@@ -54,21 +50,3 @@ def remove_leftovers(step: Step) -> None:
     """Delete what a killed attempt at a step left beside its artifact. Only for who holds the step's lock."""
     for leftover in step.artifact.parent.glob(f".{step.artifact.name}.*"):
         shutil.rmtree(leftover)
-
-
-@contextmanager
-def only_holder(path: Path) -> Iterator[None]:
-    """A lock file that goes with the process that holds it. Raises BusyError that names the holder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            raise BusyError(
-                f"{path.with_suffix('')}: in use by {lock.read().strip() or 'another driver'}; wait for it or stop it"
-            ) from None
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {platform.node()}")
-        lock.flush()
-        yield

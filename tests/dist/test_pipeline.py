@@ -12,8 +12,8 @@ from rxt_platform.errors import BusyError
 from rxt_platform.orchestration.commands import plan_rows
 from rxt_platform.orchestration.plan import build_plan
 from rxt_platform.orchestration.runner import run_pipeline
-from rxt_platform.orchestration.steps import only_holder
 from rxt_platform.storage.directory import verify_directory
+from rxt_platform.storage.locks import only_holder
 from tests.support import ALL_STAGES, ROOT, SMALL, environment, read_report, run_driver, small_run, weights_of
 
 pytestmark = pytest.mark.dist

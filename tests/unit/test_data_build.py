@@ -10,8 +10,8 @@ from rxt_platform.errors import DataError
 from rxt_platform.inspection import histogram
 from rxt_platform.orchestration import data_build
 from rxt_platform.orchestration.plan import build_plan
-from rxt_platform.orchestration.steps import only_holder
 from rxt_platform.stages.build import sampling, stage_rows
+from rxt_platform.storage.locks import only_holder
 from rxt_platform.training.engine import forward_rows
 from tests.support import SMALL, small_run
 from tests.unit.data_commands import QUICKSTART, Capture, figures, ran, refused
