@@ -23,20 +23,18 @@ def free_port() -> int:
 
 
 @contextmanager
-def service(command: list[str], ready: str, seconds: float = 90) -> Iterator[None]:
-    """A server process in a group of its own, waited for at an URL, and ended with everything that it started."""
+def service(command: list[str], *ready: str, seconds: float = 90) -> Iterator[None]:
+    """A server process in a group of its own, waited for at URLs, and ended with everything that it started."""
     process = subprocess.Popen(
         command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
     try:
         deadline = time.monotonic() + seconds
-        while True:
-            with suppress(OSError), urllib.request.urlopen(ready, timeout=5) as answer:
-                assert answer.status == 200
-                break
-            assert process.poll() is None, f"{command[0]} ended with {process.returncode}"
-            assert time.monotonic() < deadline, f"waited {seconds} s for {ready}"
-            time.sleep(0.5)
+        for url in ready:
+            while not _answers(url):
+                assert process.poll() is None, f"{command[0]} ended with {process.returncode}"
+                assert time.monotonic() < deadline, f"waited {seconds} s for {url}"
+                time.sleep(0.5)
         yield
     finally:
         os.killpg(process.pid, signal.SIGTERM)
@@ -45,3 +43,9 @@ def service(command: list[str], ready: str, seconds: float = 90) -> Iterator[Non
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+
+
+def _answers(url: str) -> bool:
+    with suppress(OSError), urllib.request.urlopen(url, timeout=5) as answer:
+        return bool(answer.status == 200)
+    return False

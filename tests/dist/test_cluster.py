@@ -23,12 +23,14 @@ SHORTER = [
 
 def test_quickstart_as_a_ray_job_ends_with_a_memory_that_works(tmp_path: Path) -> None:
     """The quickstart, through `ray start --head` and `ray job submit`: as shipped, but for the number of steps."""
-    dashboard = free_port()
+    dashboard, agent = free_port(), free_port()
     head = [
         *(str(BIN / "ray"), "start", "--head", "--block", "--num-cpus", "2", "--disable-usage-stats"),
         *("--port", str(free_port()), "--dashboard-port", str(dashboard)),
+        *("--dashboard-agent-listen-port", str(agent)),
     ]
-    with service(head, f"http://127.0.0.1:{dashboard}/api/version"):
+    ready = (f"http://127.0.0.1:{dashboard}/api/version", f"http://127.0.0.1:{agent}/api/local_raylet_healthz")
+    with service(head, *ready):
         submit = [
             *(str(BIN / "ray"), "job", "submit", "--address", f"http://127.0.0.1:{dashboard}"),
             *("--working-dir", ".", "--", str(BIN / "python"), "pipelines/full_smst.py"),
