@@ -47,6 +47,19 @@ def run(config: str, overrides: tuple[str, ...]) -> None:
 @rxt.command()
 @click.argument("config")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--json", "as_json", is_flag=True, help="The whole config, presets and defaults filled in.")
+def validate(config: str, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Check CONFIG, every key and value, without reading its data (`rxt data validate` does that)."""
+    found = _load(config, overrides)
+    if as_json:
+        click.echo(found.model_dump_json(indent=2))
+        return
+    click.echo(f"valid: {found.name}: {', '.join(f'{name} ({one.kind})' for name, one in found.stages.items())}")
+
+
+@rxt.command()
+@click.argument("config")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
 def plan(config: str, overrides: tuple[str, ...], as_json: bool) -> None:
     """Show what a run of CONFIG would do: each step cached, resumed or run, and why. Starts nothing."""

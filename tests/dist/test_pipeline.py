@@ -12,6 +12,7 @@ from rxt_platform.errors import BusyError
 from rxt_platform.orchestration.commands import plan_rows
 from rxt_platform.orchestration.plan import build_plan
 from rxt_platform.orchestration.runner import run_pipeline
+from rxt_platform.orchestration.store import lineage, read_store
 from rxt_platform.storage.directory import verify_directory
 from rxt_platform.storage.locks import only_holder
 from tests.support import ALL_STAGES, ROOT, SMALL, environment, read_report, run_driver, small_run, weights_of
@@ -112,6 +113,17 @@ def test_mlflow_holds_parent_children_metrics_and_lineage(finished_pipeline: Pat
     assert {"artifact/model.safetensors", "artifact/manifest.json", "artifact/tokenizer.json"} <= files
     assert sft.data.params["stage.optimizer.learning_rate"] == "0.001"
     assert {entry.path for entry in client.list_artifacts(parent.info.run_id, "report")} >= {"report/report.html"}
+
+
+def test_a_run_s_artifacts_are_in_use_whole_and_go_back_to_the_corpus(finished_pipeline: Path) -> None:
+    stored = [one for one in read_store(finished_pipeline) if "quickstart" in one.runs]
+    assert {one.path.name.partition("-")[0] for one in stored} >= {"corpus", "tokens", *ALL_STAGES, "evaluation"}
+    for one in stored:
+        assert verify_directory(one.path) == one.manifest
+    (mrl,) = (one for one in stored if one.path.name.startswith("mrl-"))
+    ancestors = lineage(mrl.path)
+    assert all(one.stored is not None for one in ancestors), "every input is in the same storage"
+    assert {one.name for one in ancestors[1:]} == {"corpus", "tokenizer", "tokens", "model"}
 
 
 def test_second_driver_leaves_and_names_the_first(tmp_path: Path) -> None:

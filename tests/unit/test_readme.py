@@ -20,6 +20,8 @@ from tests.support import ROOT
 RUN_BY = {
     "make quickstart": "dist/test_cluster.py runs its config with half of the steps; .ci/run sets up as it does",
     ".venv/bin/rxt chat": "dist/test_pipeline.py::test_chat_shows_when_memory_is_written",
+    ".venv/bin/rxt validate": "unit/test_cli.py",
+    ".venv/bin/rxt artifacts": "unit/test_artifacts.py; dist/test_pipeline.py has those of a run",
     ".venv/bin/rxt plan": "dist/test_pipeline.py::test_plan_starts_nothing",
     ".venv/bin/rxt run pipelines/configs/quickstart.yaml": "dist/test_cluster.py, unit/test_bad_input.py",
     ".venv/bin/rxt run pipelines/configs/recall.yaml": "dist/test_recipes.py; dist/test_pipeline.py has a baseline",
