@@ -32,7 +32,7 @@ def test_report_holds_what_was_measured(finished_pipeline: Path) -> None:
             assert stage["expert_load"]["max"] >= 1 >= stage["expert_load"]["min"] >= 0
         assert stage["seconds"] > 0
         assert stage["loss_after"] < stage["loss_before"]
-    assert set(report["recall"]) == {"1", "2", "3"}
+    assert set(report["recall"]) == {"1", "2", "3", "4"}
     for entry in report["recall"].values():
         assert entry["gain"] == pytest.approx(entry["with_memory"] - entry["reset"])
         assert entry["count"] > 0
