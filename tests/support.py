@@ -110,7 +110,7 @@ class Jobs:
         """Run a stage to its end by the command that a user gives: a new interpreter, a hash seed of its own."""
         command = self.command(stage, workers)
         return subprocess.run(
-            command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+            command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=600, check=False
         )
 
     def run_and_kill(self, stage: str, step: int) -> None:
@@ -171,7 +171,7 @@ def run_driver(
     """Run the small pipeline to its end in a process of its own."""
     command = driver_command(storage, *overrides, script=script, stages=stages)
     return subprocess.run(
-        command, env=environment(), cwd=storage, capture_output=True, text=True, timeout=540, check=False
+        command, env=environment(), cwd=storage, capture_output=True, text=True, timeout=900, check=False
     )
 
 

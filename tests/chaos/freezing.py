@@ -11,7 +11,7 @@ import psutil
 from rxt_platform.training.checkpoints import checkpoints_in
 
 
-def wait_for(condition: Callable[[], object], what: str, seconds: float = 120) -> None:
+def wait_for(condition: Callable[[], object], what: str, seconds: float = 240) -> None:
     """Poll until something holds; the deadline names what was waited for."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -19,7 +19,7 @@ def wait_for(condition: Callable[[], object], what: str, seconds: float = 120) -
         time.sleep(0.005)
 
 
-def freeze(work: Path, seconds: float = 240) -> list[psutil.Process]:
+def freeze(work: Path, seconds: float = 480) -> list[psutil.Process]:
     """SIGSTOP a job's workers as soon as it has its first checkpoint; the workers by their ranks."""
     checkpoints = work / "checkpoints"
     wait_for(lambda: any(map(is_whole, checkpoints_in(checkpoints))), f"a checkpoint in {checkpoints}", seconds)

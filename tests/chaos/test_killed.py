@@ -63,7 +63,7 @@ def test_killed_driver_then_the_same_command(finished_pipeline: Path, tmp_path: 
     }
     assert weights_of(report, "sft") == weights_of(read_report(finished_pipeline), "sft")
     # Ray's agents look for their raylet once a minute.
-    wait_for(lambda: not any(is_alive(child) for child in children), "Ray's processes to end", 90)
+    wait_for(lambda: not any(is_alive(child) for child in children), "Ray's processes to end", 180)
 
 
 def test_killed_worker_is_replaced_and_the_result_is_the_same(finished_pipeline: Path, tmp_path: Path) -> None:
@@ -72,7 +72,7 @@ def test_killed_worker_is_replaced_and_the_result_is_the_same(finished_pipeline:
     assert len(workers) == 2
     workers[1].send_signal(signal.SIGKILL)
     thaw(workers[:1])
-    out, err = driver.communicate(timeout=300)
+    out, err = driver.communicate(timeout=600)
     assert driver.returncode == 0, out[-2000:] + err[-2000:]
     report = read_report(tmp_path)
     assert report["steps"][3]["status"] == "resumed"
@@ -87,9 +87,9 @@ def test_stopped_driver_leaves_a_checkpoint(finished_pipeline: Path, tmp_path: P
     work = work_of(tmp_path, "sft")
     workers = freeze(work)
     driver.send_signal(signal.SIGTERM)
-    wait_for((work / STOP).exists, "the driver to pass it on", 30)
+    wait_for((work / STOP).exists, "the driver to pass it on", 90)
     thaw(workers)
-    out, err = driver.communicate(timeout=120)
+    out, err = driver.communicate(timeout=300)
     assert driver.returncode == 3, out[-2000:] + err[-2000:]
     assert "stopped: sft-" in err
     assert "the same command goes on from there" in err

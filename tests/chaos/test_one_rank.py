@@ -109,7 +109,7 @@ def test_exception_on_one_worker_is_attributed(new_jobs: NewJobs) -> None:
     started = time.monotonic()
     done = run_faulty(jobs, "raise", rank=1, step=5)
     assert done.returncode != 0
-    assert time.monotonic() - started < 60
+    assert time.monotonic() - started < 120
     (failure,) = [
         json.loads(line) for line in (jobs.jobs[STAGE].work / "workers/failures-00001.jsonl").read_text().splitlines()
     ]
@@ -123,7 +123,7 @@ def test_stopped_worker_is_named_by_those_that_wait(new_jobs: NewJobs) -> None:
     started = time.monotonic()
     done = run_faulty(jobs, "stop", rank=1, step=5)
     assert done.returncode != 0
-    assert time.monotonic() - started < 90, "torchrun gives a stopped process 30 s"
+    assert time.monotonic() - started < 180, "torchrun gives a stopped process 30 s"
     message = error_of(done)
     assert "worker 1 (process" in message
     assert "was last heard of" in message

@@ -35,6 +35,7 @@ def node_of(worker: psutil.Process, nodes: list[Any]) -> Any:
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A head without CPUs and three nodes of one; this process is the driver."""
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.delenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", raising=False)  # as an own Ray, earlier here, left it
     for name, value in ray_jobs._DRIVER_ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
@@ -95,7 +96,7 @@ def test_stopped_worker_is_replaced(new_jobs: NewJobs, straight_run: Jobs, clust
     ray_jobs.train(job, resources)
     thread.join(timeout=5)
     assert stopped
-    assert time.monotonic() - started < 150
+    assert time.monotonic() - started < 400
     failures = [
         json.loads(line) for path in (job.work / "workers").glob("failures-*") for line in path.read_text().splitlines()
     ]
@@ -135,7 +136,7 @@ def test_exception_on_one_worker_is_one_error_on_the_driver(
         TrainingError, match=r"worker 1 \(process \d+ on .*\), step 5, forward: ValueError: an injected"
     ):
         ray_jobs.train(job, resources)
-    assert time.monotonic() - started < 120
+    assert time.monotonic() - started < 300
 
 
 def test_node_that_is_taken_away_is_left_with_a_checkpoint(

@@ -75,7 +75,7 @@ def refused(jobs: Jobs, workers: int = 1) -> str:
     """A job that must end with status 2, without a result; its error line."""
     started = time.monotonic()
     done = jobs.run(STAGE, workers)
-    assert time.monotonic() - started < 60
+    assert time.monotonic() - started < 180
     assert done.returncode == (2 if workers == 1 else 1), done.stderr[-3000:]  # of several as torchrun's
     assert not jobs.jobs[STAGE].output.exists()
     assert "Traceback" not in done.stderr or workers > 1, done.stderr

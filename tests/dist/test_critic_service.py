@@ -266,7 +266,7 @@ def test_a_service_that_does_not_get_ready_ends_at_the_deadline(service: Deploym
     large = ServingConfig(service=ServiceConfig(cpus_per_replica=1.5, request_timeout_s=1))
     with pytest.raises(RewardError, match="'waiting' was not ready within 3 s: it is deploying"):
         deploy(large, http=False, name="waiting", deadline_s=3)
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - started < 90
     assert replicas("waiting") == []
     assert HandleClient(service.app).values(ROWS[:1], 0), "the other one goes on"
 
@@ -282,7 +282,7 @@ def test_the_examples_run_as_they_stand(service: Deployment) -> None:
     env = {**environment(), "RXT_SERVE_TOKEN": TOKEN}
 
     def run(command: list[str]) -> str:
-        return subprocess.run(command, env=env, capture_output=True, text=True, check=True, timeout=120).stdout
+        return subprocess.run(command, env=env, capture_output=True, text=True, check=True, timeout=240).stdout
 
     here = _at(service)
     answer = json.loads(run(["bash", "-c", CURL.replace("http://127.0.0.1:8000", here)]))
@@ -306,7 +306,7 @@ def test_the_command_serves_until_sigterm_and_leaves_nothing(root: Path, tmp_pat
     started: set[psutil.Process] = set()
     try:
         here = Deployment("critic", f"http://127.0.0.1:{port}", owns_serve=True)
-        deadline = time.monotonic() + 150
+        deadline = time.monotonic() + 300
         while not _healthy(here):
             assert process.poll() is None, process.stdout and process.stdout.read()
             assert time.monotonic() < deadline
@@ -322,7 +322,7 @@ def test_the_command_serves_until_sigterm_and_leaves_nothing(root: Path, tmp_pat
         assert any("ServeReplica" in " ".join(one.cmdline()) for one in started)
     finally:
         process.send_signal(signal.SIGTERM)
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
     assert f"serving on http://127.0.0.1:{port}" in output
     assert output.endswith("stopped\n")

@@ -212,7 +212,7 @@ def test_gradients_are_reduced_no_more_often_than_needed(
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=400,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]

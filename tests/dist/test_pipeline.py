@@ -178,7 +178,7 @@ def rxt(*arguments: str, stdin: str = "") -> str:
     """What a user's `rxt` command prints."""
     command = [str(Path(sys.executable).parent / "rxt"), *arguments]
     done = subprocess.run(
-        command, env=environment(), cwd=ROOT, input=stdin, capture_output=True, text=True, timeout=120, check=False
+        command, env=environment(), cwd=ROOT, input=stdin, capture_output=True, text=True, timeout=240, check=False
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

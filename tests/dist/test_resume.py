@@ -133,7 +133,7 @@ def test_sigterm_leaves_a_checkpoint_of_that_step(
     with started(jobs, workers) as process:
         wait_until(lambda: len(jobs.history(STAGE)) >= 2, process)
         process.terminate()
-        _, log = process.communicate(timeout=60)
+        _, log = process.communicate(timeout=120)
     (step,) = steps_in(jobs)
     assert 2 <= step < 10
     assert process.returncode == (3 if workers == 1 else 1), log  # torchrun says in its own way that it was signalled
