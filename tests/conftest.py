@@ -16,8 +16,8 @@ from tests.support import STAGES, Jobs, make_jobs, run_driver
 torch.set_num_threads(1)
 
 _TOGETHER = {
-    *("test_critic_faults", "test_critic_service", "test_killed", "test_mlflow_page", "test_mrl"),
-    *("test_pipeline", "test_ray_workers", "test_readme_code"),
+    *("test_critic_faults", "test_critic_service", "test_killed", "test_mlflow_page"),
+    *("test_mrl_on_ray", "test_pipeline", "test_ray_workers", "test_readme_code"),
 }
 """Files that share the finished pipeline, or whose tests watch a Ray."""
 

@@ -1,6 +1,5 @@
-"""Reinforcement learning on real processes: the same on any number of workers, after any kill, and from a service."""
+"""Reinforcement learning on real processes: the same on any number of workers and after any kill."""
 
-import json
 import re
 import time
 from pathlib import Path
@@ -8,20 +7,14 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from rxt_platform.config.loading import load_run
-from rxt_platform.orchestration.reinforce import reinforced
 from rxt_platform.storage.directory import read_manifest
 from rxt_platform.training.checkpoints import newest_complete
 from rxt_platform.training.job import StageJob
-from tests.support import ROOT, SMALL, Jobs, make_jobs_of, run_driver
+from tests.dist.small_mrl import CRITIC, STAGE, mrl_jobs
+from tests.support import Jobs, make_jobs_of
 
 pytestmark = pytest.mark.dist
 
-STAGE = "mrl"
-CRITIC = [
-    "stages.mrl.critic={window: 48}",
-    "stages.mrl.objective={kind: policy, advantage: impo, normalise: batch, entropy_weight: 0.01}",
-]
 WAYS = {
     "group": [],
     "several updates of a collection, KL": [
@@ -41,12 +34,6 @@ WAYS = {
     ],
     "dmpo": ["stages.mrl.objective={kind: dmpo, anchor_weight: 0.1}", "stages.mrl.strategy=long_range"],
 }
-
-
-def mrl_jobs(folder: Path, base: Path, *overrides: str) -> Jobs:
-    """The small run's last stage alone, on a model that is there."""
-    config = load_run(ROOT / "pipelines/configs/quickstart.yaml", [*SMALL, f"storage={folder}", *overrides])
-    return make_jobs_of(reinforced(config, str(base)), folder)
 
 
 @pytest.fixture(scope="module")
@@ -156,46 +143,6 @@ def test_a_stop_in_the_middle_of_a_collection_ends_after_it(tmp_path: Path, base
     done = jobs.run(STAGE)
     assert done.returncode == 0, done.stderr[-2000:]
     assert read_manifest(job.output).metrics["resumed_from_step"] == int(stopped[1])
-
-
-def test_rewards_and_values_from_ray_serve_are_those_of_the_workers(finished_pipeline: Path, tmp_path: Path) -> None:
-    """A whole run on Ray, with the critic's versions published after every update; slow: Ray and Serve start."""
-    start = json.loads((finished_pipeline / "quickstart/report.json").read_text())
-    (base,) = (Path(step["artifact"]) for step in start["steps"] if step["name"] == "memory_aware")
-    local = mrl_jobs(tmp_path / "local", base, *CRITIC)
-    done = local.run(STAGE)
-    assert done.returncode == 0, done.stderr[-2000:]
-    service = ["critic_service={cpus_per_replica: 0.5}", "resources.workers=1", "name=served"]
-    done = run_driver(finished_pipeline, *CRITIC, *service)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    report = json.loads((finished_pipeline / "served/report.json").read_text())
-    (made,) = (Path(step["artifact"]) for step in report["steps"] if step["name"] == "mrl")
-    history = [json.loads(line) for line in (made / "history.jsonl").open()]
-    rows = list(zip(history, local.history(STAGE), strict=True))
-    for name in ("reward", "objective", "critic_correlation"):
-        assert rows[0][0][name] == pytest.approx(rows[0][1][name], abs=1e-5), name
-    # Values are summed up in another order: later, a token here and there is drawn differently.
-    assert all(row["reward"] == pytest.approx(other["reward"], abs=0.5) for row, other in rows)
-    assert all(-1 <= row["critic_correlation"] <= 1 for row in history)
-
-
-def test_the_scripts_run_everything_and_the_curriculum_alone(finished_pipeline: Path) -> None:
-    """What is finished is reused; the curriculum on a model that is there makes the very model of the whole run."""
-    whole = run_driver(finished_pipeline, "name=full", script="full.py")
-    assert whole.returncode == 0, whole.stderr[-2000:]
-    report = json.loads((finished_pipeline / "full/report.json").read_text())
-    assert {step["status"] for step in report["steps"]} == {"reused"}
-    steps = {step["name"]: Path(step["artifact"]) for step in report["steps"]}
-    model = ["--model", str(steps["memory_aware"])]
-    alone = run_driver(finished_pipeline, *model, "name=alone", "resources.workers=1", script="mrl.py")
-    assert alone.returncode == 0, alone.stderr[-2000:]
-    made = json.loads((finished_pipeline / "alone_alone/report.json").read_text())
-    assert [step["name"] for step in made["steps"]] == ["corpus", "tokenizer", "tokens", "mrl", "evaluation"]
-    assert "Reinforcement" not in alone.stdout  # a heading of the page
-    assert "before → after" in alone.stdout
-    refused = run_driver(finished_pipeline, "--model", str(finished_pipeline / "nothing"), script="mrl.py")
-    assert refused.returncode == 2
-    assert "no such model directory" in refused.stderr
 
 
 def test_a_reward_that_can_t_be_had_stops_all_workers_and_nothing_is_made_up(tmp_path: Path, base: Path) -> None:
