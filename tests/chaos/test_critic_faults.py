@@ -31,6 +31,7 @@ pytestmark = pytest.mark.chaos
 
 TOKEN = "a-token-of-a-test-0123456789"
 QUEUED = 3
+CROWD = 80
 ROWS = rows_of(*(1 + 7 * n % 60 for n in range(256)), vocab=300)
 
 
@@ -144,25 +145,19 @@ def test_a_frozen_service_is_an_error_at_the_client_s_deadline(service: Deployme
     assert patient.values(ROWS[:4], 1) == expected
 
 
-def test_more_than_the_capacity_is_refused_not_queued(service: Deployment) -> None:
-    """An open loop at four times what a closed one reaches (which may be less than half of what a busy machine could, a
-    moment later): 503 for the rest, and who is accepted waits a bounded time."""
+def test_a_crowd_is_refused_not_queued(service: Deployment) -> None:
+    """Many at once: 503 for most, and who is accepted does not wait as long as all of them would take."""
     wait_for(lambda: len(replicas()) == 2, "two replicas")
     body = json.dumps({"version": 1, "input_ids": ROWS}).encode()
     expected = np.array(values_of(critic(1), ROWS))
-    found = asyncio.run(_overload(address(service), body, seconds=5.0))
-    accepted = [seconds for seconds, status, _ in found["open"] if status == 200]
-    statuses = [status for _, status, _ in found["open"]]
-    p99 = float(np.quantile(accepted, 0.99))
-    share = statuses.count(503) / len(statuses)
-    bound = (QUEUED + 1) * 2 / found["capacity"]  # a full queue before it, at half the capacity each
-    print(
-        f"capacity {found['capacity']:.0f}/s, 503 {share:.0%}, p99 of accepted {p99:.2f} s, a full queue {bound:.2f} s"
-    )
+    capacity, answers = asyncio.run(_crowd(address(service), body, CROWD))
+    longest = max(seconds for seconds, status, _ in answers if status == 200)
+    statuses = [status for _, status, _ in answers]
+    print(f"capacity {capacity:.1f}/s, {statuses.count(503)} of {CROWD} are 503, the longest accepted {longest:.2f} s")
     assert set(statuses) == {200, 503}
-    assert share > 0.15
-    assert p99 < 4 * bound + 1
-    for _, status, answer in found["open"]:
+    assert statuses.count(503) > CROWD / 2
+    assert longest < CROWD / capacity / 2 + 1
+    for _, status, answer in answers:
         if status == 200:
             assert np.abs(np.array(answer["values"]) - expected).max() < 1e-5
         else:
@@ -170,12 +165,12 @@ def test_more_than_the_capacity_is_refused_not_queued(service: Deployment) -> No
     assert HandleClient(service.app).values(ROWS[:4], 1) == pytest.approx(expected[:4].tolist(), abs=1e-5)
 
 
-async def _overload(address: str, body: bytes, seconds: float) -> dict[str, Any]:
-    """Capacity from a closed loop of four, then requests on a clock at four times that rate."""
+async def _crowd(address: str, body: bytes, number: int) -> tuple[float, list[tuple[float, int, Any]]]:
+    """Requests a second of a closed loop of four, and of so many at once the seconds, status and content of each."""
     headers = {"Authorization": f"Bearer {TOKEN}"}
     limits = httpx.Limits(max_connections=200)
     async with httpx.AsyncClient(
-        base_url=address, headers=headers, timeout=60, limits=limits, trust_env=False
+        base_url=address, headers=headers, timeout=120, limits=limits, trust_env=False
     ) as client:
 
         async def ask() -> tuple[float, int, Any]:
@@ -191,12 +186,6 @@ async def _overload(address: str, body: bytes, seconds: float) -> dict[str, Any]
             return done
 
         started = time.monotonic()
-        done = await asyncio.gather(*(closed(started + seconds / 2) for _ in range(4)))
+        done = await asyncio.gather(*(closed(started + 2.5) for _ in range(4)))
         capacity = sum(done) / (time.monotonic() - started)
-        number = int(4 * capacity * seconds)
-        asked = []
-        started = time.monotonic()
-        for n in range(number):
-            await asyncio.sleep(max(0.0, started + n / (4 * capacity) - time.monotonic()))
-            asked.append(asyncio.create_task(ask()))
-        return {"capacity": capacity, "open": await asyncio.gather(*asked)}
+        return capacity, await asyncio.gather(*(ask() for _ in range(number)))
