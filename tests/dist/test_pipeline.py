@@ -40,7 +40,7 @@ def test_report_holds_what_was_measured(finished_pipeline: Path) -> None:
     assert sum(row["count"] for row in report["by_turn"]) == report["answer_tokens"]["count"]
     low, high = report["recall_overall"]["intervals"]["gain"]
     assert low <= report["recall_overall"]["gain"] <= high
-    assert len(report["memory"]["by_write"]) == 5
+    assert len(report["memory"]["by_write"]) == 6
     assert report["free_running"]["recall_overall"]["count"] == report["recall_overall"]["count"]
     assert 0 <= report["reward"]["mean"] <= 10
     assert report["baseline"] is None
