@@ -46,6 +46,6 @@ def test_quickstart_as_a_ray_job_ends_with_a_memory_that_works(tmp_path: Path) -
     assert {"1", "2", "3", "7"} <= set(report["recall"])
     mrl = next(stage["held_out"] for stage in report["stages"] if stage["name"] == "mrl")
     assert mrl["reward"][1] > mrl["reward"][0] - 0.3, "12 updates: no collapse"
-    assert report["recall"]["1"]["gain"] >= 0.2
-    assert report["recall_overall"]["gain"] >= 0.1
+    assert report["recall"]["1"]["gain"] >= 0.35
+    assert report["recall_overall"]["gain"] >= 0.2
     assert report["answer_tokens"]["loss"] < report["memory_reset"]["loss"]
