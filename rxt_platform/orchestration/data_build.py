@@ -18,7 +18,7 @@ from rxt_platform.data.shards import TokenShards
 from rxt_platform.errors import ArtifactError
 from rxt_platform.evaluation.report.data_tables import data_tables
 from rxt_platform.orchestration import ray_jobs
-from rxt_platform.orchestration.plan import Step, build_plan
+from rxt_platform.orchestration.plan import Step, build_plan, used_artifacts
 from rxt_platform.orchestration.prepare import prepare
 from rxt_platform.orchestration.runner import data_report
 from rxt_platform.orchestration.store import record_plan
@@ -46,7 +46,7 @@ def build_data(config: RunConfig) -> dict[str, Any]:
             f"{storage}: cannot be made: {error}: set 'storage' to a folder that can be written"
         ) from None
     with only_holder(storage / "work" / f"run.{config.name}.lock"), using(storage):
-        record_plan(storage / config.name, [step.artifact for step in plan])
+        record_plan(storage / config.name, used_artifacts(plan))
         try:
             prepared = prepare(config, plan, lambda: connected.append(ray_jobs.connect(config.resources)))
         finally:

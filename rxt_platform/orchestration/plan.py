@@ -129,6 +129,12 @@ def build_plan(config: RunConfig) -> list[Step]:
     return [corpus, tokenizer, tokens, *trained, *baseline, evaluation]
 
 
+def used_artifacts(plan: list[Step]) -> list[Path]:
+    """What a run makes, and the model that it starts from: until its first stage is made, nothing else names that."""
+    starts = [step.start for step in plan if step.start is not None]
+    return list(dict.fromkeys([*starts, *(step.artifact for step in plan)]))
+
+
 def last_trained(plan: list[Step], stateless: bool = False) -> Step:
     """The last training step of the model, or of the stateless baseline of a run that has one."""
     return [step for step in plan if step.kind == "training" and step.stateless == stateless][-1]

@@ -29,6 +29,7 @@ from rxt_platform.orchestration.plan import (
     in_temporary_copy,
     last_trained,
     unfinished_others,
+    used_artifacts,
 )
 from rxt_platform.orchestration.prepare import FERTILITY, prepare
 from rxt_platform.orchestration.progress import Console, HistoryFollower
@@ -98,7 +99,7 @@ def run_pipeline(config: RunConfig, console: Console | None = None) -> Report:
     run = _Run(config, folder, console or Console(), Tracker(config.tracking, storage))
     mine = storage / "work" / f"run.{config.name}.lock"
     with only_holder(mine), using(storage), run.stopper.listening():
-        record_plan(folder, [step.artifact for step in plan])
+        record_plan(folder, used_artifacts(plan))
         if in_temporary_copy():
             run.console.line(f"storage  {storage} (the job's working directory is a temporary copy)")
         for step in plan:

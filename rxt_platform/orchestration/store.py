@@ -127,7 +127,7 @@ def find_unused(storage: Path) -> list[Unused]:
     found = [
         Unused(one.path, one.size, one.problem or "in no run's plan")
         for one in stored
-        if not one.kept and not one.path.is_symlink()
+        if not one.kept and one.path.is_dir() and not one.path.is_symlink()
     ]
     for path in sorted((storage / "artifacts").glob(".*")):
         if path.is_dir() and not path.is_symlink():

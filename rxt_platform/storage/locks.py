@@ -35,16 +35,21 @@ def _held(path: Path, how: int, refusal: str) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = path.open("a+")
     except OSError as error:
-        raise ArtifactError(
-            f"{path}: cannot be written: {error}: set 'storage' to a folder that can be written"
-        ) from None
+        raise _unwritable(path, error) from None
     with lock:
         try:
             fcntl.flock(lock, how | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.seek(0)
             raise BusyError(f"{refusal} {lock.read().strip() or 'another driver'}; wait for it or stop it") from None
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {platform.node()}")
-        lock.flush()
+        try:
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {platform.node()}")
+            lock.flush()
+        except OSError as error:
+            raise _unwritable(path, error) from None
         yield
+
+
+def _unwritable(path: Path, error: OSError) -> ArtifactError:
+    return ArtifactError(f"{path}: cannot be written: {error}: set 'storage' to a folder with room that can be written")

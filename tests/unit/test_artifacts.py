@@ -11,6 +11,7 @@ import pytest
 
 from rxt_platform.cli import guarded, rxt
 from rxt_platform.errors import ArtifactError, BusyError
+from rxt_platform.orchestration.plan import Step, used_artifacts
 from rxt_platform.orchestration.store import delete_unused, find_unused, lineage, read_store, record_plan
 from rxt_platform.storage.directory import Provenance, commit_directory
 from rxt_platform.storage.locks import deleting, using
@@ -118,6 +119,22 @@ def test_links_are_never_followed_nor_deleted(storage: Path, tmp_path_factory: p
     assert "never read" in next(one.problem for one in read_store(storage) if one.path.name == "sft-a9")
     assert names(delete_unused(storage)) == {"sft-a1"}
     assert (outside / "precious").read_text() == "kept"
+
+
+def test_a_file_among_artifacts_is_left_alone(storage: Path) -> None:
+    (storage / "artifacts/notes.txt").write_text("mine")
+    assert names(delete_unused(storage)) == {"sft-a1"}
+    assert (storage / "artifacts/notes.txt").read_text() == "mine"
+
+
+def test_the_model_that_a_run_starts_from_is_used_before_anything_is_made_of_it(tmp_path: Path) -> None:
+    start = put(tmp_path, "sft-a1")
+    put(tmp_path, "sft-a2")
+    first = Step("mrl", "training", {}, {"model": "a1"}, tmp_path, start=start)
+    later = Step("mrl_2", "training", {}, {"model": first.fingerprint}, tmp_path, start=first.artifact)
+    assert used_artifacts([first, later]) == [start, first.artifact, later.artifact]
+    record_plan(tmp_path / "run", used_artifacts([first, later]))
+    assert names(find_unused(tmp_path)) == {"sft-a2"}
 
 
 def test_lineage_goes_back_to_the_corpus_and_ends_at_what_is_not_there(storage: Path) -> None:
