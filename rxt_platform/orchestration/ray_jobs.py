@@ -51,7 +51,11 @@ def connect(resources: ResourcesConfig, service: ServiceConfig | None = None) ->
 
     if ray.is_initialized():
         return False
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
+    quiet: dict[str, Any] = {
+        "log_to_driver": False,
+        "logging_level": logging.WARNING,
+        "runtime_env": {"env_vars": _this_cluster()},
+    }
     if os.environ.get("RAY_ADDRESS"):
         ray.init(**quiet)
         _check_resources(resources, service)
@@ -60,6 +64,18 @@ def connect(resources: ResourcesConfig, service: ServiceConfig | None = None) ->
     ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
     _check_resources(resources, service)
     return True
+
+
+def _this_cluster() -> dict[str, str]:
+    """For what runs on Ray: where to ask about actors.
+
+    Unset, Ray asks the cluster that was started last on the machine. Ray Train's cleaner then doesn't find its own
+    controller there, takes it for dead, and removes the workers of a job that is well.
+    """
+    address = os.environ.get("RAY_ADDRESS")
+    if not address:
+        return {"RAY_API_SERVER_ADDRESS": "http://127.0.0.1:0"}  # a Ray of its own is started without such a server
+    return {} if address == "auto" else {"RAY_ADDRESS": address}
 
 
 def _cpus(resources: ResourcesConfig, service: ServiceConfig | None) -> float:

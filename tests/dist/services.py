@@ -8,8 +8,9 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import NamedTuple
 
-from tests.support import environment
+from tests.support import BIN, environment
 
 
 def free_port() -> int:
@@ -37,12 +38,32 @@ def service(command: list[str], *ready: str, seconds: float = 90) -> Iterator[No
                 time.sleep(0.5)
         yield
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
+        process.terminate()  # only this one, which ends the others
+        with suppress(subprocess.TimeoutExpired):
             process.wait(30)
-        except subprocess.TimeoutExpired:
+        with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        process.wait()
+
+
+class Head(NamedTuple):
+    """A Ray cluster's addresses."""
+
+    address: str
+    dashboard: str
+
+
+@contextmanager
+def ray_head() -> Iterator[Head]:
+    """A Ray cluster of one node with its dashboard, started as a user does."""
+    port, dashboard, agent = free_port(), free_port(), free_port()
+    command = [
+        *(str(BIN / "ray"), "start", "--head", "--block", "--num-cpus", "2", "--disable-usage-stats"),
+        *("--port", str(port), "--dashboard-port", str(dashboard), "--dashboard-agent-listen-port", str(agent)),
+    ]
+    url = f"http://127.0.0.1:{dashboard}"
+    with service(command, f"{url}/api/version", f"http://127.0.0.1:{agent}/api/local_raylet_healthz"):
+        yield Head(f"127.0.0.1:{port}", url)
 
 
 def _answers(url: str) -> bool:

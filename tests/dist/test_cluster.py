@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.dist.services import free_port, service
+from tests.dist.services import ray_head
 from tests.support import BIN, ROOT, environment, read_report
 
 pytestmark = pytest.mark.dist
@@ -23,16 +23,9 @@ SHORTER = [
 
 def test_quickstart_as_a_ray_job_ends_with_a_memory_that_works(tmp_path: Path) -> None:
     """The quickstart, through `ray start --head` and `ray job submit`: as shipped, but for the number of steps."""
-    dashboard, agent = free_port(), free_port()
-    head = [
-        *(str(BIN / "ray"), "start", "--head", "--block", "--num-cpus", "2", "--disable-usage-stats"),
-        *("--port", str(free_port()), "--dashboard-port", str(dashboard)),
-        *("--dashboard-agent-listen-port", str(agent)),
-    ]
-    ready = (f"http://127.0.0.1:{dashboard}/api/version", f"http://127.0.0.1:{agent}/api/local_raylet_healthz")
-    with service(head, *ready):
+    with ray_head() as head:
         submit = [
-            *(str(BIN / "ray"), "job", "submit", "--address", f"http://127.0.0.1:{dashboard}"),
+            *(str(BIN / "ray"), "job", "submit", "--address", head.dashboard),
             *("--working-dir", ".", "--", str(BIN / "python"), "pipelines/full_smst.py"),
             *("--config", "pipelines/configs/quickstart.yaml", *SHORTER, f"storage={tmp_path}"),
         ]
