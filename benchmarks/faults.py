@@ -220,7 +220,8 @@ def killed_node(job: StageJob, config: RunConfig, chance: random.Random, steps: 
         told.append(f"node killed in step {before}: {recovery(job, attempt)}")
 
     try:
-        ray.init(address=cluster.address, log_to_driver=False)
+        own = {"env_vars": {"RAY_ADDRESS": cluster.address}}  # as `ray_jobs.connect` does: see there
+        ray.init(address=cluster.address, log_to_driver=False, runtime_env=own)
         killer = threading.Thread(target=kill, daemon=True)
         killer.start()
         ray_jobs.train(job, config.resources)

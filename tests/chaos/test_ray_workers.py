@@ -40,7 +40,8 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         monkeypatch.setenv(name, value)
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     nodes = [made.add_node(num_cpus=1) for _ in range(3)]
-    ray.init(address=made.address, log_to_driver=False)
+    own = {"env_vars": {"RAY_ADDRESS": made.address}}  # as `ray_jobs.connect` does: see there
+    ray.init(address=made.address, log_to_driver=False, runtime_env=own)
     yield made, nodes
     ray.shutdown()
     made.shutdown()
