@@ -75,7 +75,7 @@ def _this_cluster() -> dict[str, str]:
     address = os.environ.get("RAY_ADDRESS")
     if not address:
         return {"RAY_API_SERVER_ADDRESS": "http://127.0.0.1:0"}  # a Ray of its own is started without such a server
-    return {} if address == "auto" else {"RAY_ADDRESS": address}
+    return {} if address == "auto" else {"RAY_ADDRESS": address}  # auto: the one that was started last, here too
 
 
 def _cpus(resources: ResourcesConfig, service: ServiceConfig | None) -> float:

@@ -106,10 +106,9 @@ def test_a_replica_killed_under_load_costs_no_answer(service: Deployment) -> Non
     with Load(service, 4) as load:
         wait_for(lambda: load.right > 20, "answers")
         os.kill(before[0].pid, signal.SIGKILL)
-        killed, answered = time.monotonic(), load.right
+        answered = load.right
         wait_for(lambda: load.right > answered + 20, "answers of the other one")
         wait_for(lambda: len({one.pid for one in replicas()} - {before[0].pid}) == 2, "a new replica")
-        print(f"a new replica after {time.monotonic() - killed:.1f} s; longest call {load.longest:.2f} s")
         answered = load.right
         wait_for(lambda: load.right > answered + 20, "answers")
     assert load.errors == []
@@ -153,10 +152,9 @@ def test_a_crowd_is_refused_not_queued(service: Deployment) -> None:
     capacity, answers = asyncio.run(_crowd(address(service), body, CROWD))
     longest = max(seconds for seconds, status, _ in answers if status == 200)
     statuses = [status for _, status, _ in answers]
-    print(f"capacity {capacity:.1f}/s, {statuses.count(503)} of {CROWD} are 503, the longest accepted {longest:.2f} s")
     assert set(statuses) == {200, 503}
     assert statuses.count(503) > CROWD / 2
-    assert longest < CROWD / capacity / 2 + 1
+    assert longest < CROWD / capacity / 2 + 1, f"at {capacity:.1f} answers a second"
     for _, status, answer in answers:
         if status == 200:
             assert np.abs(np.array(answer["values"]) - expected).max() < 1e-5
