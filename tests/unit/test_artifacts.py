@@ -14,7 +14,7 @@ from rxt_platform.errors import ArtifactError, BusyError
 from rxt_platform.orchestration.plan import Step, used_artifacts
 from rxt_platform.orchestration.store import delete_unused, find_unused, lineage, read_store, record_plan
 from rxt_platform.storage.directory import Provenance, commit_directory
-from rxt_platform.storage.locks import deleting, using
+from rxt_platform.storage.locks import deleting, only_holder, using
 
 Capture = pytest.CaptureFixture[str]
 
@@ -206,3 +206,13 @@ def test_a_storage_that_is_not_there_is_an_error(tmp_path: Path, capsys: Capture
 def test_the_commands_do_without_torch() -> None:
     code = "import sys, rxt_platform.cli_artifacts, rxt_platform.orchestration.store; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
+
+
+def test_a_lock_that_can_not_be_written_is_an_error_that_names_it(tmp_path: Path) -> None:
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work/run.one.lock").symlink_to("/dev/full")
+    with (
+        pytest.raises(ArtifactError, match=r"run.one.lock: cannot be written: .*set 'storage' to a folder with room"),
+        only_holder(tmp_path / "work/run.one.lock"),
+    ):
+        pass
